@@ -1,0 +1,480 @@
+"""D3T, the 3D deformable transformer: RGB video and body joints in one transformer, for action recognition.
+
+Every component of *Cross-Modal Learning with 3D Deformable Attention for Action Recognition* (Kim, Ahn, Ko, ICCV
+2023), in the order of the paper and in its symbols. Read it beside Figure 2: each class below is one of its boxes.
+
+    B     clips in the batch            F_a   trunk features for the joints      (B, C, T, H/2, W/2)
+    T     frames of a clip              F_b   trunk features for the RGB tokens  (B, D, T, h, w)
+    H, W  height and width, pixels      Z     RGB tokens                         (B, T, h*w, D)
+    h, w  token grid, H/8 and W/8       P     pose tokens                        (B, T, R, D)
+    C     width of the trunk            M     cross-modal tokens: RGB, CLS, pose (B, T, 3, D)
+    D     width of a token, 4C          Z~    tokens that 3DTS selected          (B, T~, h~, w~, D)
+    R     joints of all persons         k     kernel of 3DTS, the 3D token search
+    L     transformer blocks            p     a position in tokens, ordered t, h, w
+
+All tokens keep the layout (B, T, N, D), so that joining modalities is one `cat` on dim 2.
+
+Where the paper is silent, this file decides as follows (the README says why):
+  - trunk: R(2+1)D-18 without temporal strides and without layer4; F_a is layer1's output, F_b layer3's
+  - sigma is 1 pixel of F_a; pose tokens carry no embedding of their own (`pose_embedding` adds one)
+  - Z and P pass one LayerNorm where they are embedded; the attentions have none in front, as in Eq. (6)
+  - 3DTS: a depthwise convolution of kernel k and a pointwise one; offsets are tanh(.) * (k - 1) / 2 tokens
+  - the position embedding is a temporal plus a spatial table; an FFN is four times as wide as its input
+  - a token that lies in several windows gets the mean of its copies; the last window is moved back to fit
+  - before the head, the modal tokens are averaged over T
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+# --------------------------------------------------------------------------------------------------------------------
+# Backbone: R(2+1)D (Sec. 3.1, [45])
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def conv2plus1d(inputs: int, middle: int, outputs: int, stride: int = 1) -> nn.Sequential:
+    """A 3 x 3 x 3 convolution factored into space, then time; `stride` is spatial, all frames stay."""
+    return nn.Sequential(
+        nn.Conv3d(inputs, middle, (1, 3, 3), stride=(1, stride, stride), padding=(0, 1, 1), bias=False),
+        nn.BatchNorm3d(middle),
+        nn.ReLU(inplace=True),
+        nn.Conv3d(middle, outputs, (3, 1, 1), padding=(1, 0, 0), bias=False),
+    )
+
+
+class ResidualBlock(nn.Module):
+    """Two factored convolutions and a shortcut, named as in torchvision's `BasicBlock`."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int):
+        super().__init__()
+        middle = inputs * outputs * 27 // (inputs * 9 + outputs * 3)  # as many weights as the full 3 x 3 x 3
+        self.conv1 = nn.Sequential(
+            conv2plus1d(inputs, middle, outputs, stride), nn.BatchNorm3d(outputs), nn.ReLU(inplace=True)
+        )
+        self.conv2 = nn.Sequential(conv2plus1d(outputs, middle, outputs), nn.BatchNorm3d(outputs))
+        self.downsample = None
+        if stride != 1 or inputs != outputs:
+            shortcut = nn.Conv3d(inputs, outputs, 1, stride=(1, stride, stride), bias=False)
+            self.downsample = nn.Sequential(shortcut, nn.BatchNorm3d(outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        shortcut = x if self.downsample is None else self.downsample(x)
+        return F.relu(self.conv2(self.conv1(x)) + shortcut)
+
+
+class Trunk(nn.Module):
+    """R(2+1)D-18 up to layer3: video (B, 3, T, H, W) -> F_a (B, C, T, H/2, W/2), F_b (B, 4C, T, H/8, W/8).
+
+    Sizes that are not a multiple of 8 round up. At C = 64 the parameters have the names and shapes of torchvision's
+    `r2plus1d_18` (stem, layer1..3), so its weights load with one `load_state_dict`.
+    """
+
+    def __init__(self, C: int = 64):
+        super().__init__()
+        middle = max(1, 45 * C // 64)
+        self.stem = nn.Sequential(
+            nn.Conv3d(3, middle, (1, 7, 7), stride=(1, 2, 2), padding=(0, 3, 3), bias=False),
+            nn.BatchNorm3d(middle),
+            nn.ReLU(inplace=True),
+            nn.Conv3d(middle, C, (3, 1, 1), padding=(1, 0, 0), bias=False),
+            nn.BatchNorm3d(C),
+            nn.ReLU(inplace=True),
+        )
+        self.layer1 = nn.Sequential(ResidualBlock(C, C, 1), ResidualBlock(C, C, 1))
+        self.layer2 = nn.Sequential(ResidualBlock(C, 2 * C, 2), ResidualBlock(2 * C, 2 * C, 1))
+        self.layer3 = nn.Sequential(ResidualBlock(2 * C, 4 * C, 2), ResidualBlock(4 * C, 4 * C, 1))
+
+    def forward(self, video: Tensor) -> tuple[Tensor, Tensor]:
+        F_a = self.layer1(self.stem(video))  # (B, C, T, H/2, W/2)
+        F_b = self.layer3(self.layer2(F_a))  # (B, 4C, T, H/8, W/8)
+        return F_a, F_b
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Pose modality: the Gaussian joint tokenizer (Sec. 3.1)
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def joint_heatmaps(joints: Tensor, visible: Tensor, size: tuple[int, int], stride: int, sigma: float) -> Tensor:
+    """Eq. (2): a Gaussian around each joint, with maximum 1, on a map whose cells are `stride` pixels wide.
+
+    joints   (B, T, R, 2), x then y, in pixels of the input; the centre of the first pixel is 0
+    visible  (B, T, R) bool; the map of a joint that is not visible or not finite is zero, whatever its coordinates
+    size     height and width of the map
+    sigma    standard deviation in cells of the map
+    returns  (B, T, R, height, width)
+    """
+    seen = visible & joints.isfinite().all(-1)
+    joints = torch.where(seen[..., None], joints, 0.0)
+    x, y = ((joints + 0.5) / stride - 0.5).unbind(-1)  # cell i holds the pixels i*stride .. (i+1)*stride - 1
+    j = torch.arange(size[0], device=joints.device)
+    i = torch.arange(size[1], device=joints.device)
+    column = torch.exp(-((j - y[..., None]) ** 2) / (2 * sigma**2)) * seen[..., None]  # (B, T, R, height)
+    row = torch.exp(-((i - x[..., None]) ** 2) / (2 * sigma**2))  # (B, T, R, width)
+    return column[..., :, None] * row[..., None, :]  # the exponential of a sum is a product
+
+
+def joint_tokens(F_a: Tensor, joints: Tensor, visible: Tensor, sigma: float, stride: int = 2) -> Tensor:
+    """Eq. (1): for each joint the sum over the map of F_a times the joint's Gaussian, not normalised.
+
+    F_a (B, C, T, H/2, W/2), joints and visible as in `joint_heatmaps` -> (B, T, R, C), float32 or wider.
+    """
+    with torch.autocast(F_a.device.type, enabled=False):  # positions and sums over a map need float32
+        F_a = F_a.to(torch.promote_types(F_a.dtype, torch.float32))
+        heatmaps = joint_heatmaps(joints.to(F_a.dtype), visible, F_a.shape[-2:], stride, sigma)
+        return torch.einsum("bcthw, btrhw -> btrc", F_a, heatmaps)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Attention (Eq. 6, 7), the part that all three attention modules share
+# --------------------------------------------------------------------------------------------------------------------
+
+
+class Attention(nn.Module):
+    """X (B, n, D) asks, X~ (B, m, D) answers: Eq. (6), then Eq. (7) -> (B, n, D)."""
+
+    def __init__(self, D: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.Wq = nn.Linear(D, D, bias=False)
+        self.Wk = nn.Linear(D, D, bias=False)
+        self.Wv = nn.Linear(D, D, bias=False)
+        self.Wo = nn.Linear(D, D)
+        self.norm = nn.LayerNorm(D)
+        self.ffn = nn.Sequential(nn.Linear(D, 4 * D), nn.GELU(), nn.Linear(4 * D, D))
+
+    def msa(self, X: Tensor, X_: Tensor) -> Tensor:
+        """MSA(X Wq, X~ Wk, X~ Wv), multi-head attention with scale 1/sqrt(D / heads)."""
+        q, k, v = (  # (B, heads, n or m, D / heads)
+            tokens.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for tokens in (self.Wq(X), self.Wk(X_), self.Wv(X_))
+        )
+        out = F.scaled_dot_product_attention(q, k, v)
+        return self.Wo(out.transpose(1, 2).flatten(2))  # (B, n, D)
+
+    def forward(self, X: Tensor, X_: Tensor) -> Tensor:
+        X = X + self.msa(X, X_)  # Eq. (6)
+        return X + self.ffn(self.norm(X))  # Eq. (7)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# 3D deformable attention (Sec. 3.2, Fig. 2b, Fig. 3)
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def reference_points(grid: tuple[int, int, int], kernel: tuple[int, int, int]) -> Tensor:
+    """The regular points p of Fig. 3, in tokens (t, h, w): (T~, h~, w~, 3) with T~ = T - k + 1 and so on.
+
+    Cell o of a convolution without padding sees the tokens o .. o + k - 1; its point is the centre of these.
+    """
+    axes = [torch.arange(n - k + 1) + (k - 1) / 2 for n, k in zip(grid, kernel)]
+    return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1)
+
+
+def sample_tokens(Z: Tensor, points: Tensor) -> Tensor:
+    """Trilinear interpolation of Z (B, T, h, w, D) at points (B, ..., 3), in tokens (t, h, w) -> (B, ..., D)."""
+    T, h, w = Z.shape[1:4]
+    t, y, x = points.unbind(-1)
+    # grid_sample has its axes in the order x, y, z and, with align_corners=False, its -1 and 1 at the outer edges of
+    # the first and last cell. All points lie inside the volume: "border" only keeps rounding from mixing in zeros.
+    at = torch.stack([(2 * x + 1) / w - 1, (2 * y + 1) / h - 1, (2 * t + 1) / T - 1], dim=-1)
+    with torch.autocast(Z.device.type, enabled=False):
+        volume = Z.to(points.dtype).permute(0, 4, 1, 2, 3)  # (B, D, T, h, w)
+        out = F.grid_sample(volume, at.flatten(1, -2)[:, None, None], padding_mode="border", align_corners=False)
+    return out[:, :, 0, 0].transpose(1, 2).unflatten(1, points.shape[1:-1])  # (B, D, 1, 1, n) -> (B, ..., D)
+
+
+class TokenSearch(nn.Module):
+    """3DTS, the 3D token search of Eq. (3) and Fig. 3: Z (B, T, h, w, D) -> Z~ (B, T~, h~, w~, D).
+
+    Each point moves by at most (k - 1)/2 tokens, so it roams just the neighbourhood that its offset was computed
+    from; together the points reach every token and none can leave the volume. An axis shorter than k has k = its
+    length. An untrained search has offset zero: for odd k it returns Z without its outer (k - 1)/2 tokens.
+    """
+
+    def __init__(self, D: int, grid: tuple[int, int, int], k: int):
+        super().__init__()
+        kernel = tuple(min(k, n) for n in grid)
+        self.conv = nn.Conv3d(D, D, kernel, groups=D)
+        self.norm = nn.LayerNorm(D)
+        self.offset = nn.Linear(D, 3)  # a pointwise Conv3D
+        self.register_buffer("reference", reference_points(grid, kernel), persistent=False)  # p (T~, h~, w~, 3)
+        self.register_buffer("reach", torch.tensor([(n - 1) / 2 for n in kernel]), persistent=False)  # (3,)
+
+    def points(self, Z: Tensor) -> Tensor:
+        """p + delta p, in tokens (t, h, w): (B, T~, h~, w~, 3), never coarser than float32."""
+        x = self.conv(Z.permute(0, 4, 1, 2, 3))  # (B, D, T~, h~, w~)
+        x = F.gelu(self.norm(x.permute(0, 2, 3, 4, 1)))  # (B, T~, h~, w~, D)
+        with torch.autocast(Z.device.type, enabled=False):  # bf16 would round a position by up to a tenth of a token
+            offset = self.offset(x.to(self.offset.weight.dtype)).tanh() * self.reach
+            return self.reference + offset
+
+    def forward(self, Z: Tensor) -> Tensor:
+        return sample_tokens(Z, self.points(Z))  # Eq. (3)
+
+
+class DeformableAttention(nn.Module):
+    """3D deformable attention (Fig. 2b): Z (B, T, h*w, D), M_RGB and M_CLS (B, T, 2, D) -> the same, attended."""
+
+    def __init__(self, D: int, heads: int, grid: tuple[int, int, int], k: int):
+        super().__init__()
+        self.grid = grid
+        self.search = TokenSearch(D, grid, k)
+        self.attention = Attention(D, heads)
+
+    def forward(self, Z: Tensor, M: Tensor) -> tuple[Tensor, Tensor]:
+        T, h, w = self.grid
+        Z_ = self.search(Z.unflatten(2, (h, w)))  # (B, T~, h~, w~, D)
+        X = torch.cat([Z, M], dim=2).flatten(1, 2)  # Eq. (4): (B, T*(h*w + 2), D)
+        X_ = torch.cat([Z_.flatten(1, 3), M.flatten(1, 2)], dim=1)  # Eq. (5): (B, T~*h~*w~ + 2T, D)
+        X = self.attention(X, X_)  # Eq. (6), (7)
+        return X.unflatten(1, (T, -1)).split([h * w, M.shape[2]], dim=2)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Stride attention (Sec. 3.2, Fig. 4)
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def window_index(length: int, window: int, stride: int) -> Tensor:
+    """Positions in each of n windows, (n, window): one every `stride`, the last moved back so that none is left out."""
+    starts = [*range(0, length - window, stride), length - window]
+    return torch.tensor(starts)[:, None] + torch.arange(window)
+
+
+def take_windows(x: Tensor, index: Tensor, dim: int) -> Tensor:
+    """Windows of x (B, T, N, D) over frames (dim 1) or joints (dim 2): (B, n, window, N, D) or (B, n, T, window, D)."""
+    return x.index_select(dim, index.flatten()).unflatten(dim, index.shape).movedim(dim, 1)
+
+
+def mean_of_windows(windows: Tensor, index: Tensor, dim: int, length: int) -> Tensor:
+    """The inverse of `take_windows`: each token is the mean of its copies, (B, T, N, D)."""
+    copies = windows.movedim(1, dim).flatten(dim, dim + 1)  # (B, T, n*window, D) for joints
+    shape = [*copies.shape[:dim], length, *copies.shape[dim + 1 :]]
+    total = copies.new_zeros(shape).index_add(dim, index.flatten(), copies)
+    count = copies.new_zeros(length).index_add(0, index.flatten(), copies.new_ones(index.numel()))
+    return total / count.view([length] + [1] * (total.ndim - dim - 1))
+
+
+class JointStrideAttention(nn.Module):
+    """Local joint stride attention (Fig. 4a): P (B, T, R, D), M'_CLS and M_pose (B, T, 2, D) -> the same, attended.
+
+    A window holds some joints in all frames, and a copy of the modal tokens of all frames.
+    """
+
+    def __init__(self, D: int, heads: int, joints: int, window: int, stride: int):
+        super().__init__()
+        self.attention = Attention(D, heads)
+        self.register_buffer("index", window_index(joints, window, stride), persistent=False)  # (n, window)
+
+    def forward(self, P: Tensor, M: Tensor) -> tuple[Tensor, Tensor]:
+        B, T, R, D = P.shape
+        n, window = self.index.shape
+        X = take_windows(P, self.index, dim=2)  # (B, n, T, window, D)
+        X = torch.cat([X, M[:, None].expand(-1, n, -1, -1, -1)], dim=3)  # (B, n, T, window + 2, D)
+        tokens = X.reshape(B * n, -1, D)  # (B*n, T*(window + 2), D)
+        X = self.attention(tokens, tokens).view(X.shape)
+        P, M = X.split([window, M.shape[2]], dim=3)
+        return mean_of_windows(P, self.index, dim=2, length=R), M.mean(1)
+
+
+class TemporalStrideAttention(nn.Module):
+    """Temporal stride attention (Fig. 4b): X = [Z | P | M] (B, T, N, D) -> the same, attended.
+
+    A window holds some frames with all their tokens.
+    """
+
+    def __init__(self, D: int, heads: int, frames: int, window: int, stride: int):
+        super().__init__()
+        self.attention = Attention(D, heads)
+        self.register_buffer("index", window_index(frames, window, stride), persistent=False)  # (n, window)
+
+    def forward(self, X: Tensor) -> Tensor:
+        T = X.shape[1]
+        X = take_windows(X, self.index, dim=1)  # (B, n, window, N, D)
+        tokens = X.flatten(2, 3).flatten(0, 1)  # (B*n, window*N, D)
+        X = self.attention(tokens, tokens).view(X.shape)
+        return mean_of_windows(X, self.index, dim=1, length=T)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The model (Fig. 2a)
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def setting(default, text: str):
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What fixes a model. The defaults are the paper's, or ours where the paper is silent ("open")."""
+
+    classes: int = setting(15, "actions to tell apart, from the data set")
+    joints: int = setting(13, "R, joints of all persons, from the data set")
+    frames: int = setting(12, "T, frames of a clip")
+    height: int = setting(224, "H, pixels")
+    width: int = setting(224, "W, pixels")
+    channels: int = setting(64, "C, channels of the trunk; a token has D = 4C")
+    blocks: int = setting(4, "L, transformer blocks (open)")
+    heads: int = setting(8, "attention heads (open)")
+    kernel: int = setting(7, "k of the 3D token search, tokens")
+    sigma: float = setting(1.0, "sigma of Eq. (2), pixels of F_a (open)")
+    joint_window: int = setting(8, "joints in a window of joint stride attention (open)")
+    joint_stride: int = setting(4, "joints from one window to the next (open)")
+    temporal_window: int = setting(4, "frames in a window of temporal stride attention (Fig. 7a)")
+    temporal_stride: int = setting(2, "frames from one window to the next (Fig. 7a)")
+    modal_tokens: int = setting(3, "modal tokens of a frame: 3 cross-modal, 1 single, 0 none (Table 5)")
+    deformable_attention: bool = setting(True, "with 3D deformable attention (Table 4)")
+    joint_attention: bool = setting(True, "with local joint stride attention (Table 4)")
+    temporal_attention: bool = setting(True, "with temporal stride attention (Table 4)")
+    pose_embedding: bool = setting(False, "add a learnable (T, R) embedding to the pose tokens (open)")
+
+    def __post_init__(self):
+        for name in ("classes", "joints", "frames", "height", "width", "channels", "blocks", "heads", "kernel",
+                     "sigma", "joint_window", "joint_stride", "temporal_window", "temporal_stride"):  # fmt: skip
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be positive, not {getattr(self, name)}")
+        if 4 * self.channels % self.heads:
+            raise ValueError(f"D = 4 * channels = {4 * self.channels} does not divide by heads = {self.heads}")
+        if self.modal_tokens not in (0, 1, 3):
+            raise ValueError(f"modal_tokens must be 3, 1 or 0 (Table 5), not {self.modal_tokens}")
+        if not (self.deformable_attention or self.temporal_attention):
+            raise ValueError("without deformable_attention and temporal_attention the RGB tokens reach nothing")
+        for axis, of, length, used in (("joint", "joints", self.joints, self.joint_attention),
+                                       ("temporal", "frames", self.frames, self.temporal_attention)):  # fmt: skip
+            window, stride = getattr(self, f"{axis}_window"), getattr(self, f"{axis}_stride")
+            if used and window > length:
+                raise ValueError(f"{axis}_window = {window} is larger than the {length} {of}")
+            if used and stride > window:
+                raise ValueError(f"{axis}_stride = {stride} is larger than {axis}_window = {window}: gaps between windows")
+
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        """T, h, w: the tokens of Z."""
+        return self.frames, -(-self.height // 8), -(-self.width // 8)
+
+
+class Block(nn.Module):
+    """One of the L transformer blocks (Fig. 2a): Z (B, T, h*w, D), P (B, T, R, D), M (B, T, 3, D) -> the same.
+
+    M is ordered RGB, CLS, pose. 3D deformable attention takes the first two and joint stride attention the last two,
+    so with a single token (Table 5) both take that one, and with none both take none.
+    """
+
+    def __init__(self, s: Settings):
+        super().__init__()
+        D = 4 * s.channels
+        self.deformable = self.joint = self.temporal = self.fuse = None
+        if s.deformable_attention:
+            self.deformable = DeformableAttention(D, s.heads, s.grid, s.kernel)
+        if s.joint_attention:
+            self.joint = JointStrideAttention(D, s.heads, s.joints, s.joint_window, s.joint_stride)
+        if s.deformable_attention and s.joint_attention and s.modal_tokens:
+            self.fuse = nn.Linear(2 * D, D)
+        if s.temporal_attention:
+            self.temporal = TemporalStrideAttention(D, s.heads, s.frames, s.temporal_window, s.temporal_stride)
+
+    def forward(self, Z: Tensor, P: Tensor, M: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        rgb_cls, rest = M[:, :, :2], M[:, :, 2:]  # M_RGB and M_CLS; M_pose
+        if self.deformable:
+            Z, rgb_cls = self.deformable(Z, rgb_cls)
+        cls_pose = torch.cat([rgb_cls, rest], dim=2)[:, :, -2:]  # M'_CLS and M_pose
+        if self.joint:
+            P, cls_pose = self.joint(P, cls_pose)
+        cls = cls_pose[:, :, :1]
+        if self.fuse:  # M'_CLS of both attentions -> M_CLS
+            cls = self.fuse(torch.cat([rgb_cls[:, :, -1:], cls], dim=-1))
+        M = torch.cat([rgb_cls[:, :, :-1], cls, cls_pose[:, :, 1:]], dim=2)  # (B, T, 3, D)
+        if self.temporal:
+            X = self.temporal(torch.cat([Z, P, M], dim=2))
+            Z, P, M = X.split([Z.shape[2], P.shape[2], M.shape[2]], dim=2)
+        return Z, P, M
+
+
+class D3T(nn.Module):
+    """The 3D deformable transformer (Fig. 2a).
+
+    video    (B, 3, T, H, W) uint8, or float that is already normalised
+    joints   (B, T, R, 2) float, x then y, in pixels of the video
+    visible  (B, T, R) bool; the coordinates of a joint that is not visible have no effect
+    returns  logits (B, classes)
+    raises   ValueError where a shape differs from the settings
+    """
+
+    def __init__(self, settings: Settings):
+        super().__init__()
+        s = self.settings = settings
+        T, h, w = s.grid
+        D = 4 * s.channels
+        self.trunk = Trunk(s.channels)
+
+        self.position_t = nn.Parameter(torch.zeros(T, 1, D))
+        self.position_s = nn.Parameter(torch.zeros(1, h * w, D))
+        self.norm_rgb = nn.LayerNorm(D)
+
+        self.has_pose = s.joint_attention or s.temporal_attention or not s.modal_tokens
+        if self.has_pose:  # Table 4, row 2: 3D deformable attention alone never looks at the joints
+            self.embed_pose = nn.Linear(s.channels, D)
+            self.norm_pose = nn.LayerNorm(D)
+            self.position_p = nn.Parameter(torch.zeros(T, s.joints, D)) if s.pose_embedding else None
+
+        self.modal = nn.Parameter(torch.zeros(T, s.modal_tokens, D)) if s.modal_tokens else None
+        self.blocks = nn.ModuleList(Block(s) for _ in range(s.blocks))
+        self.head = nn.Linear((s.modal_tokens or 2) * D, s.classes)
+
+        mean, std = torch.tensor([0.432, 0.395, 0.376]), torch.tensor([0.228, 0.221, 0.217])  # of Kinetics-400
+        self.register_buffer("mean", mean.view(3, 1, 1, 1) * 255, persistent=False)
+        self.register_buffer("std", std.view(3, 1, 1, 1) * 255, persistent=False)
+        self.initialize_weights()
+
+    def initialize_weights(self):
+        for module in self.modules():
+            if isinstance(module, nn.Conv3d):  # as in R(2+1)D: keeps the variance of the gradient through a ReLU
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)  # as in ViT [18]
+            if isinstance(module, (nn.Conv3d, nn.Linear)) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+        for module in self.modules():
+            if isinstance(module, TokenSearch):  # the search starts at the regular grid
+                nn.init.zeros_(module.offset.weight)
+        for name, parameter in self.named_parameters():
+            if name.startswith(("position", "modal")):
+                nn.init.trunc_normal_(parameter, std=0.02)
+
+    def forward(self, video: Tensor, joints: Tensor, visible: Tensor) -> Tensor:
+        self.check(video, joints, visible)
+        if not video.is_floating_point():
+            video = (video - self.mean) / self.std
+        F_a, F_b = self.trunk(video)  # (B, C, T, H/2, W/2), (B, D, T, h, w)
+
+        Z = F_b.permute(0, 2, 3, 4, 1).flatten(2, 3)  # (B, T, h*w, D)
+        Z = self.norm_rgb(Z + self.position_t + self.position_s)
+
+        P = Z[:, :, :0]  # (B, T, 0, D)
+        if self.has_pose:
+            P = self.embed_pose(joint_tokens(F_a, joints, visible, self.settings.sigma))  # (B, T, R, D)
+            P = self.norm_pose(P if self.position_p is None else P + self.position_p)
+
+        M = Z[:, :, :0] if self.modal is None else self.modal.expand(len(Z), -1, -1, -1)  # (B, T, 3, D)
+        for block in self.blocks:
+            Z, P, M = block(Z, P, M)
+
+        if self.modal is not None:
+            return self.head(M.mean(1).flatten(1))  # (B, T, 3, D) -> (B, 3D) -> (B, classes)
+        return self.head(torch.cat([Z.mean((1, 2)), P.mean((1, 2))], dim=-1))  # Table 5, "No tokens"
+
+    def check(self, video: Tensor, joints: Tensor, visible: Tensor):
+        s, B = self.settings, len(video)
+        for name, tensor, expected in (
+            ("video", video, (B, 3, s.frames, s.height, s.width)),
+            ("joints", joints, (B, s.frames, s.joints, 2)),
+            ("visible", visible, (B, s.frames, s.joints)),
+        ):
+            if tuple(tensor.shape) != expected:
+                raise ValueError(f"{name} has shape {tuple(tensor.shape)}, the settings ask for {expected}")

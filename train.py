@@ -1,0 +1,555 @@
+"""Train D3T on one machine or many, on CPU or CUDA.
+
+    python train.py                                          # synthetic clips, a laptop, about two minutes
+    torchrun --nproc_per_node=4 train.py --data pennaction   # the paper's training
+    python train.py --data pennaction --eval runs/pennaction/best.pt
+
+A run writes `last.pt`, `best.pt` and `log.jsonl` (a line an epoch) to its folder. Stopped by Ctrl-C, SIGTERM or a crash,
+it goes on with the same command and `--resume`, also in the middle of an epoch. Nothing random depends on what came
+before: every draw is a function of (seed, epoch, clip), so a resumed run on CPU ends with the very weights of a run that
+was never stopped, and a checkpoint needs no state of a random generator.
+"""
+
+import argparse
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field, fields
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+import data
+from d3t import D3T, Settings, setting
+
+
+class UsageError(Exception):
+    """A flag or a file that cannot be used; the message names it and says what was expected."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a model is trained. The defaults are the paper's (Sec. 4), or ours where the paper is silent ("open")."""
+
+    epochs: int = setting(90, "passes over the training clips")
+    warmup: float = setting(5.0, "epochs of linear warm-up before the cosine")
+    batch: int = setting(32, "clips of a step, over all processes (open)")
+    accumulate: int = setting(1, "parts into which each process divides its share of the batch, to save memory")
+    lr: float = setting(5e-4, "peak learning rate of AdamW (open)")
+    weight_decay: float = setting(0.05, "of the matrices; norms, biases and embeddings have none (open)")
+    clip: float = setting(1.0, "largest norm of the gradient (open)")
+    seed: int = setting(0, "of the weights, the order of the clips and their augmentation")
+
+
+PRESETS = {  # what differs from the paper's
+    "paper": {},
+    "small": dict(frames=8, height=96, width=96, channels=16, blocks=2, heads=4, batch=16, lr=1.5e-3, epochs=30, warmup=2.0),
+    "tiny": dict(frames=6, height=32, width=32, channels=16, blocks=1, heads=4, kernel=3, batch=16, lr=2e-3, epochs=6, warmup=1.0),
+}
+MAY_CHANGE = {"batch", "accumulate"}  # between the parts of a run that is resumed
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Processes
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class World:
+    """The processes of a run, as torchrun started them; one without it. CPU tensors travel by gloo, CUDA's by NCCL."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @classmethod
+    def join(cls, device: str) -> "World":
+        rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        if device == "cuda":
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        if size > 1:
+            dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
+        return cls(rank, size, torch.device(device))
+
+    def sum(self, values) -> torch.Tensor:
+        """Sum over the processes; on the CPU, so that it never waits for the device."""
+        values = torch.as_tensor(values, dtype=torch.float64)
+        if self.size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def gather(self, items: list) -> list:
+        """The items of all processes, in the order of their ranks."""
+        lists = [items] * self.size
+        if self.size > 1:
+            dist.all_gather_object(lists, items)
+        return [item for part in lists for item in part]
+
+    def from_first(self, function):
+        """What `function()` returns or raises on rank 0, on every rank: a data set is indexed once."""
+        box = [None]
+        if self.rank == 0:
+            try:
+                box = [function()]
+            except (data.DataError, UsageError) as error:
+                box = [error]
+        if self.size > 1:
+            dist.broadcast_object_list(box)
+        if isinstance(box[0], Exception):
+            raise box[0]
+        return box[0]
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Batches
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def training_batches(clips: int, recipe: Recipe, epoch: int, seen: int, world: World) -> list[list[tuple[int, int]]]:
+    """This process's micro-batches of (epoch, clip) for what is left of an epoch after `seen` clips.
+
+    The order is a function of (seed, epoch). Each step takes the next `batch` clips and the processes share them;
+    clips that do not fill a last step sit this epoch out.
+    """
+    order = np.random.default_rng((recipe.seed, epoch)).permutation(clips)
+    share = recipe.batch // world.size // recipe.accumulate
+    batches = []
+    for start in range(seen, clips - recipe.batch + 1, recipe.batch):
+        mine = [(epoch, int(clip)) for clip in order[start : start + recipe.batch][world.rank :: world.size]]
+        batches += [mine[i : i + share] for i in range(0, len(mine), share)]
+    return batches
+
+
+def load_batches(dataset: data.Dataset, batches: list, workers: int, device: torch.device) -> DataLoader:
+    return DataLoader(
+        dataset,
+        batch_sampler=batches,
+        collate_fn=data.collate,
+        num_workers=workers,
+        pin_memory=device.type == "cuda",
+        worker_init_fn=ignore_interrupt,
+    )
+
+
+def ignore_interrupt(worker: int):
+    """Ctrl-C is for the training process, which ends its workers itself."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def inputs(batch: dict, device: torch.device) -> list[torch.Tensor]:
+    return [batch[key].to(device, non_blocking=True) for key in ("video", "joints", "visible", "label")]
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Training and evaluation
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Progress:
+    """Where a run stands; with model, optimizer and scaler all that resuming needs."""
+
+    epoch: int = 0
+    seen: int = 0  # clips of this epoch that have been trained on
+    step: int = 0  # optimizer steps in all
+    loss: float = 0.0  # sum over the steps of this epoch
+    bad: list[str] = field(default_factory=list)  # clips of this epoch that could not be read
+    seconds: float = 0.0  # spent on this epoch
+    best: float = -1.0  # top-1
+
+
+@dataclass
+class Run:
+    """What the functions below share."""
+
+    world: World
+    settings: Settings
+    recipe: Recipe
+    options: argparse.Namespace
+    model: D3T
+    net: torch.nn.Module  # the model as it is trained: compiled, wrapped for many processes
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    progress: Progress
+    signal: int = 0  # that asked the run to stop
+
+    def autocast(self):
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.options.amp)
+        return torch.autocast(self.world.device.type, dtype=dtype, enabled=dtype is not None)
+
+    def on_signal(self, number, _):
+        self.signal = number
+        signal.signal(number, signal.SIG_DFL)  # a second one ends the process at once
+
+
+def learning_rate(recipe: Recipe, epochs: float) -> float:
+    """Linear warm-up, then a cosine to zero, after a fractional number of epochs."""
+    if epochs < recipe.warmup:
+        return recipe.lr * epochs / recipe.warmup
+    return recipe.lr * 0.5 * (1 + math.cos(math.pi * (epochs - recipe.warmup) / (recipe.epochs - recipe.warmup)))
+
+
+def backward(run: Run, batches: list[dict]) -> torch.Tensor:
+    """Gradient of the mean loss over the global batch: the mean over micro-batches here, over processes by DDP."""
+    total = 0.0
+    for i, batch in enumerate(batches):
+        more = i + 1 < len(batches) and run.world.size > 1
+        video, joints, visible, label = inputs(batch, run.world.device)
+        with run.net.no_sync() if more else nullcontext():  # the processes exchange gradients once a step
+            with run.autocast():
+                logits = run.net(video, joints, visible)
+            loss = F.cross_entropy(logits.float(), label) / len(batches)
+            run.scaler.scale(loss).backward()
+        total = total + loss.detach()
+    return total
+
+
+def train_one_epoch(run: Run, dataset: data.Dataset) -> bool:
+    """Train on what is left of the epoch; False if the run was asked to stop before its end."""
+    world, recipe, progress = run.world, run.recipe, run.progress
+    run.net.train()
+    batches = training_batches(len(dataset), recipe, progress.epoch, progress.seen, world)
+    loader = iter(load_batches(dataset, batches, run.options.workers, world.device))
+    bar = tqdm(
+        desc=f"epoch {progress.epoch + 1}/{recipe.epochs}",
+        total=len(dataset) // recipe.batch * recipe.batch,
+        initial=progress.seen,
+        unit="clip",
+        leave=False,
+        disable=world.rank > 0,
+    )
+    start, losses = time.time() - progress.seconds, torch.tensor(progress.loss, device=world.device, dtype=torch.float64)
+
+    def save():
+        progress.loss, progress.seconds = losses.item(), time.time() - start
+        save_checkpoint(run, "last.pt")
+
+    while step := list(islice(loader, recipe.accumulate)):
+        rate = learning_rate(recipe, progress.epoch + (progress.seen + recipe.batch) / len(dataset))
+        for group in run.optimizer.param_groups:
+            group["lr"] = rate
+        losses += backward(run, step)
+        run.scaler.unscale_(run.optimizer)
+        torch.nn.utils.clip_grad_norm_(run.model.parameters(), recipe.clip)
+        run.scaler.step(run.optimizer)
+        run.scaler.update()
+        run.optimizer.zero_grad(set_to_none=True)
+        progress.step, progress.seen = progress.step + 1, progress.seen + recipe.batch
+        bar.update(recipe.batch)
+        if progress.step % 10 == 0 and world.rank == 0:
+            bar.set_postfix(loss=f"{losses.item() * recipe.batch / progress.seen:.3f}")
+
+        bad = [reason for batch in step for reason in batch["bad"]]
+        signals, replaced = world.sum([run.signal, len(bad)]).tolist()  # all processes take the same turn
+        if replaced:
+            progress.bad += world.gather(bad)
+            check_bad_clips(bad, progress.bad, len(dataset))
+        stop = signals > 0 or progress.step == run.options.stop_after
+        if stop or progress.step % run.options.save_every == 0:
+            save()
+        if stop:
+            return False
+    progress.loss, progress.seconds = losses.item(), time.time() - start
+    bar.close()
+    return True
+
+
+def check_bad_clips(new: list[str], all_bad: list[str], clips: int):
+    """Warn of the clips that were just replaced; more than 1 % of all clips end the run."""
+    for reason in new:
+        print(f"\nwarning: a clip was replaced by another one: {reason}", file=sys.stderr, flush=True)
+    if len(all_bad) > max(1, clips / 100):
+        raise data.DataError(f"{len(all_bad)} of {clips} clips, more than 1 %, cannot be read:\n" + "\n".join(all_bad))
+
+
+@torch.no_grad()
+def evaluate(run: Run, dataset: data.Dataset) -> dict:
+    """Top-1 and mean class accuracy over all clips, each counted once: rank r takes every size-th clip from r on."""
+    world, classes = run.world, run.settings.classes
+    if world.size > 1:
+        for buffer in run.model.buffers():  # unsynchronised batch norms hold the statistics of their own rank
+            dist.broadcast(buffer, 0)
+    run.model.eval()
+    mine = list(range(len(dataset)))[world.rank :: world.size]
+    size = max(1, run.recipe.batch // world.size)
+    batches = [mine[i : i + size] for i in range(0, len(mine), size)]
+    right, total = torch.zeros(classes, dtype=torch.float64), torch.zeros(classes, dtype=torch.float64)
+    for batch in tqdm(
+        load_batches(dataset, batches, run.options.workers, world.device),
+        desc="testing", unit="batch", leave=False, disable=world.rank > 0,
+    ):  # fmt: skip
+        video, joints, visible, label = inputs(batch, world.device)
+        with run.autocast():
+            hit = run.model(video, joints, visible).argmax(-1) == label
+        total += torch.bincount(batch["label"], minlength=classes)
+        right += torch.bincount(batch["label"][hit.cpu()], minlength=classes)
+    right, total = world.sum(torch.stack([right, total]))
+    present = total > 0
+    return {
+        "top1": (right.sum() / total.sum()).item(),
+        "mean_class": (right[present] / total[present]).mean().item(),
+        "clips": int(total.sum()),
+    }
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Checkpoints
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def save_checkpoint(run: Run, name: str):
+    """Written beside and renamed, so that a file of that name is always whole."""
+    if run.world.rank > 0:
+        return
+    path = run.options.out / name
+    state = {
+        "model": run.model.state_dict(),
+        "optimizer": run.optimizer.state_dict(),
+        "scaler": run.scaler.state_dict(),
+        "progress": asdict(run.progress),
+        "settings": asdict(run.settings),
+        "recipe": asdict(run.recipe),
+        "data": run.options.data,
+    }
+    torch.save(state, path.with_suffix(".tmp"))
+    os.replace(path.with_suffix(".tmp"), path)
+
+
+def load_checkpoint(path: Path) -> dict:
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        missing = {"model", "optimizer", "scaler", "progress", "settings", "recipe", "data"} - set(state)
+    except Exception as error:
+        raise UsageError(f"{path} is no checkpoint of train.py: {str(error).splitlines()[0]}") from None
+    if missing:
+        raise UsageError(f"{path} is no checkpoint of train.py: it lacks {', '.join(sorted(missing))}")
+    return state
+
+
+def load_trunk(model: D3T, path: Path):
+    """Weights in torchvision's naming, such as `r2plus1d_18`'s, into the trunk; layer4 and fc are not needed."""
+    try:
+        weights = torch.load(path, map_location="cpu", weights_only=True)
+        weights = {key: value for key, value in weights.items() if not key.startswith(("layer4.", "fc."))}
+        model.trunk.load_state_dict(weights)
+    except Exception as error:
+        raise UsageError(f"--weights {path} does not fit the trunk: {' '.join(str(error).split())}") from None
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Command line
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def parse_args() -> tuple[argparse.Namespace, dict]:
+    """Options, and those settings of model and recipe that were given on the command line."""
+    parser = argparse.ArgumentParser(
+        description="Train D3T, the 3D deformable transformer for action recognition.",
+        epilog="Defaults in brackets are those of the presets paper; small; tiny where they differ.",
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34, width=118),
+    )
+    group = parser.add_argument_group("data")
+    group.add_argument("--data", choices=data.SOURCES, default="synthetic", help="data set [synthetic]")
+    group.add_argument("--root", help="its folder [datasets/NAME, the name that its archive unpacks to]")
+    group.add_argument("--workers", type=int, help="processes that load clips, for each training process [2; synthetic 1]")
+    group.add_argument("--hide", choices=("joints", "video"), default="", help="leave only the other modality")
+
+    group = parser.add_argument_group("run")
+    group.add_argument("--preset", choices=PRESETS, help="the defaults below [paper; for synthetic clips tiny]")
+    group.add_argument("--out", type=Path, help="folder of the run [runs/DATA]")
+    group.add_argument("--resume", action="store_true", help="go on with the run in that folder")
+    group.add_argument("--overwrite", action="store_true", help="start anew in a folder that holds a run")
+    group.add_argument("--save-every", type=int, default=500, metavar="STEPS", help="also write last.pt within an epoch [500]")
+    group.add_argument("--stop-after", type=int, metavar="STEPS", help="stop as Ctrl-C would, to be resumed [never]")
+    group.add_argument("--eval", type=Path, metavar="CKPT", help="only test this checkpoint")
+    group.add_argument("--weights", type=Path, metavar="PATH", help="start the trunk from torchvision's r2plus1d_18 weights")
+    group.add_argument("--device", choices=("cpu", "cuda"), help="[cuda where there is one]")
+    group.add_argument("--amp", choices=("off", "bf16", "fp16"), help="mixed precision [fp16 with CUDA, off without]")
+    group.add_argument("--compile", action="store_true", help="torch.compile the training step")
+
+    for title, settings in (("training", Recipe), ("model", Settings)):
+        group = parser.add_argument_group(title, settings.__doc__)
+        for f in fields(settings):
+            if f.name in ("classes", "joints"):
+                continue  # the data set knows
+            defaults = [str(f.default)] + [f"{name} {p[f.name]}" for name, p in PRESETS.items() if f.name in p]
+            how = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type, "metavar": "N"}
+            flag, text = "--" + f.name.replace("_", "-"), f.metadata["help"].replace("%", "%%")
+            group.add_argument(flag, **how, default=argparse.SUPPRESS, help=f"{text} [{'; '.join(defaults)}]")
+
+    options = vars(parser.parse_args())
+    given = {f.name: options.pop(f.name) for s in (Recipe, Settings) for f in fields(s) if f.name in options}
+    options = argparse.Namespace(**options)
+    synthetic = options.data == "synthetic"
+    options.out = options.out or Path("runs", options.data)
+    options.preset = options.preset or ("tiny" if synthetic else "paper")
+    options.workers = (1 if synthetic else 2) if options.workers is None else options.workers
+    options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    options.amp = options.amp or ("fp16" if options.device == "cuda" else "off")
+    return options, given
+
+
+def configure(options: argparse.Namespace, given: dict, source: data.Source, saved: dict | None, world: World):
+    """Settings and recipe: from the checkpoint, else from the preset and the flags. UsageError where they clash."""
+    fixed = {"classes": len(source.classes), "joints": len(source.joint_names)}
+    if saved:
+        before = saved["recipe"] | saved["settings"]
+        given = given | fixed
+        clash = [f"{k} is {before[k]}, not {v}" for k, v in given.items() if before[k] != v and k not in MAY_CHANGE]
+        if clash:
+            raise UsageError("the checkpoint does not fit: " + "; ".join(clash))
+        values = before | given
+    else:
+        values = PRESETS[options.preset] | given | fixed
+    settings, recipe = (kind(**{f.name: values[f.name] for f in fields(kind) if f.name in values}) for kind in (Settings, Recipe))
+
+    clips = len(source.clips["train"])
+    if recipe.batch % (world.size * recipe.accumulate):
+        raise UsageError(
+            f"--batch {recipe.batch} does not divide by {world.size} processes x {recipe.accumulate} parts (--accumulate)"
+        )
+    if recipe.batch > clips and not options.eval:
+        raise UsageError(f"--batch {recipe.batch} is more than the {clips} training clips")
+    return settings, recipe
+
+
+def git_revision() -> str:
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+    done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+    return done.stdout.strip() or "unknown"
+
+
+def build(options: argparse.Namespace, given: dict) -> tuple[Run, data.Source]:
+    """Everything a run needs, in the state that it starts or goes on from."""
+    if options.amp == "fp16" and options.device == "cpu":
+        raise UsageError("--amp fp16 needs CUDA; on a CPU use bf16 or off")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise UsageError("--device cuda: torch sees no CUDA device")
+    last = options.out / "last.pt"
+    if last.exists() and not (options.resume or options.overwrite or options.eval):
+        raise UsageError(f"{options.out} holds a run: --resume goes on with it, --overwrite starts anew, --out goes elsewhere")
+    if options.resume and not last.exists():
+        raise UsageError(f"--resume: there is no {last}")
+    world = World.join(options.device)
+
+    source = world.from_first(lambda: data.load(options.data, options.root))
+    if source.problems:
+        raise data.DataError(f"{len(source.problems)} clips of {options.data} cannot be indexed:\n" + "\n".join(source.problems))
+    saved = load_checkpoint(options.eval or last) if options.eval or options.resume else None
+    try:
+        settings, recipe = configure(options, given, source, saved, world)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+
+    torch.manual_seed(recipe.seed)
+    model = D3T(settings).to(world.device)
+    model.trunk.to(memory_format=torch.channels_last_3d)  # the faster layout of its convolutions
+    if saved:
+        model.load_state_dict(saved["model"])
+    elif options.weights:
+        load_trunk(model, options.weights)
+    net = model
+    if world.size > 1 and not options.eval:
+        if options.device == "cuda":  # few clips a process: batch statistics over all of them
+            net = model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        net = DistributedDataParallel(model, device_ids=[world.device.index or torch.cuda.current_device()] if options.device == "cuda" else None)
+    if options.compile:
+        net = torch.compile(net)
+
+    matrices = [p for name, p in model.named_parameters() if p.ndim > 1 and not name.startswith(("position", "modal"))]
+    rest = [p for name, p in model.named_parameters() if p.ndim <= 1 or name.startswith(("position", "modal"))]
+    groups = [{"params": matrices, "weight_decay": recipe.weight_decay}, {"params": rest, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=recipe.lr, fused=True)
+    scaler = torch.amp.GradScaler(world.device.type, enabled=options.amp == "fp16")
+    progress = Progress()
+    if saved and not options.eval:
+        optimizer.load_state_dict(saved["optimizer"])
+        if scaler.is_enabled() and saved["scaler"]:
+            scaler.load_state_dict(saved["scaler"])
+        progress = Progress(**saved["progress"])
+    run = Run(world, settings, recipe, options, model, net, optimizer, scaler, progress)
+    if world.rank == 0:
+        count = sum(p.numel() for p in model.parameters())
+        threads = f"{torch.get_num_threads()} threads" if options.device == "cpu" else torch.cuda.get_device_name()
+        print(f"D3T {git_revision()}: {count:,} parameters, {world.size} x {options.device} ({threads}), torch {torch.__version__}")
+        print(f"{options}\n{recipe}\n{settings}", flush=True)
+    return run, source
+
+
+def main(options: argparse.Namespace, given: dict) -> int:
+    run, source = build(options, given)
+    world, recipe, progress = run.world, run.recipe, run.progress
+    train, test = (
+        data.Dataset(source, split, *run.settings.grid[:1], run.settings.height, run.settings.width, recipe.seed, options.hide)
+        for split in ("train", "test")
+    )
+    if options.eval:
+        result = evaluate(run, test)
+        if world.rank == 0:
+            print(json.dumps(result))
+        return 0
+
+    if world.rank == 0:
+        options.out.mkdir(parents=True, exist_ok=True)
+        if not options.resume:
+            (options.out / "log.jsonl").unlink(missing_ok=True)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, run.on_signal)
+    begin = time.time()
+    while progress.epoch < recipe.epochs:
+        if not train_one_epoch(run, train):
+            if world.rank == 0:
+                print(f"\nstopped after step {progress.step}; go on with --resume")
+            return 128 + run.signal if run.signal else 0
+        result = evaluate(run, test)
+        steps = len(train) // recipe.batch
+        line = {
+            "epoch": progress.epoch + 1,
+            "step": progress.step,
+            "loss": progress.loss / steps,
+            "lr": run.optimizer.param_groups[0]["lr"],
+            **result,
+            "bad": len(progress.bad),
+            "seconds": round(progress.seconds, 2),
+            "clips_per_second": round(steps * recipe.batch / progress.seconds, 1),
+        }
+        best = result["top1"] > progress.best
+        run.progress = progress = Progress(progress.epoch + 1, step=progress.step, best=max(progress.best, result["top1"]))
+        if world.rank == 0:
+            with open(options.out / "log.jsonl", "a") as log:
+                log.write(json.dumps(line) + "\n")
+            print(
+                f"epoch {line['epoch']:3}  loss {line['loss']:.4f}  top-1 {result['top1']:.2%}  mean class "
+                f"{result['mean_class']:.2%} of {result['clips']} clips  {line['seconds']:.0f} s  "
+                f"{line['clips_per_second']:.0f} clips/s  {line['bad']} bad", flush=True,
+            )  # fmt: skip
+        save_checkpoint(run, "last.pt")
+        if best:
+            save_checkpoint(run, "best.pt")
+    if world.rank == 0:
+        print(f"best top-1 {progress.best:.2%}; {time.time() - begin:.0f} s; checkpoints and log.jsonl in {options.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        status = main(*parse_args())
+    except (UsageError, data.DataError) as error:
+        print(f"train.py: {error}", file=sys.stderr)
+        status = 2 if isinstance(error, UsageError) else 1
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    sys.exit(status)
