@@ -224,24 +224,23 @@ def draw(clip: Clip, frames: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     figures, colours, wall, drift = clip.media
     scale = np.float32([size[1], size[0]]) / SYNTHETIC_SIZE
     y, x = np.mgrid[: size[0], : size[1]].astype(np.float32)
-    video = np.empty((len(frames), *size, 3), np.float32)
-    for t, frame in enumerate(frames):  # bilinear in a wall of 5 x 5 colours
-        u, v = x / size[1] * 2.5 + 0.6 + drift[0] * frame / 16, y / size[0] * 2.5 + 0.6 + drift[1] * frame / 16
-        i, j = u.astype(int), v.astype(int)
-        u, v = (u - i)[..., None], (v - j)[..., None]
-        above = wall[j, i] * (1 - u) + wall[j, i + 1] * u
-        below = wall[j + 1, i] * (1 - u) + wall[j + 1, i + 1] * u
-        video[t] = above * (1 - v) + below * v
+    # the wall: 5 x 5 colours, of which a frame shows 2.5 x 2.5, bilinear between them
+    origin = 0.6 + drift * frames[:, None] / 16  # (T, 2)
+    across, down = (
+        np.maximum(0, 1 - abs(origin[:, k, None] + 2.5 * np.arange(size[1 - k]) / size[1 - k] - np.arange(5)[:, None, None]))
+        for k in (0, 1)
+    )  # weight of each wall colour, (5, T, w) and (5, T, h)
+    video = np.einsum("jth, itw, jic -> thwc", down, across, wall, optimize=True).astype(np.float32)
     start, end = np.array(PENN_EDGES).T
     for figure, colour in zip(figures, colours):
         points = ((figure[frames].astype(np.float32) + 0.5) * scale - 0.5)[..., None, None]  # (T, 13, 2, 1, 1)
         x0, y0 = points[:, start, 0], points[:, start, 1]  # (T, edges, 1, 1)
         dx, dy = points[:, end, 0] - x0, points[:, end, 1] - y0
         along = (((x - x0) * dx + (y - y0) * dy) / (dx**2 + dy**2 + 1e-6)).clip(0, 1)  # nearest point of the limb
-        limb = np.sqrt((x - x0 - along * dx) ** 2 + (y - y0 - along * dy) ** 2).min(1)  # distance (T, h, w)
-        head = np.hypot(x - points[:, 0, 0], y - points[:, 0, 1]) - 2.2 * scale[0]
+        limb = np.sqrt(((x - x0 - along * dx) ** 2 + (y - y0 - along * dy) ** 2).min(1))  # distance (T, h, w)
+        head = np.sqrt((x - points[:, 0, 0]) ** 2 + (y - points[:, 0, 1]) ** 2) - 2.2 * scale[0]
         cover = (1.1 * scale[0] + 0.5 - np.minimum(limb, head)).clip(0, 1)[..., None]
-        video = video * (1 - cover) + colour * cover
+        video += (np.float32(colour) - video) * cover
     return video.round().astype(np.uint8)
 
 
