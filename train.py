@@ -196,7 +196,7 @@ class Run:
 
 def learning_rate(recipe: Recipe, epochs: float) -> float:
     """Linear warm-up, then a cosine to zero, after a fractional number of epochs."""
-    if epochs < recipe.warmup:
+    if epochs <= recipe.warmup:
         return recipe.lr * epochs / recipe.warmup
     return recipe.lr * 0.5 * (1 + math.cos(math.pi * (epochs - recipe.warmup) / (recipe.epochs - recipe.warmup)))
 
@@ -353,7 +353,7 @@ def load_trunk(model: D3T, path: Path):
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def parse_args() -> tuple[argparse.Namespace, dict]:
+def parse_args(words: list[str] | None) -> tuple[argparse.Namespace, dict]:
     """Options, and those settings of model and recipe that were given on the command line."""
     parser = argparse.ArgumentParser(
         description="Train D3T, the 3D deformable transformer for action recognition.",
@@ -389,7 +389,7 @@ def parse_args() -> tuple[argparse.Namespace, dict]:
             flag, text = "--" + f.name.replace("_", "-"), f.metadata["help"].replace("%", "%%")
             group.add_argument(flag, **how, default=argparse.SUPPRESS, help=f"{text} [{'; '.join(defaults)}]")
 
-    options = vars(parser.parse_args())
+    options = vars(parser.parse_args(words))
     given = {f.name: options.pop(f.name) for s in (Recipe, Settings) for f in fields(s) if f.name in options}
     options = argparse.Namespace(**options)
     synthetic = options.data == "synthetic"
@@ -406,8 +406,9 @@ def configure(options: argparse.Namespace, given: dict, source: data.Source, sav
     fixed = {"classes": len(source.classes), "joints": len(source.joint_names)}
     if saved:
         before = saved["recipe"] | saved["settings"]
+        may_change = set(saved["recipe"]) if options.eval else MAY_CHANGE
         given = given | fixed
-        clash = [f"{k} is {before[k]}, not {v}" for k, v in given.items() if before[k] != v and k not in MAY_CHANGE]
+        clash = [f"{k} is {before[k]}, not {v}" for k, v in given.items() if before[k] != v and k not in may_change]
         if clash:
             raise UsageError("the checkpoint does not fit: " + "; ".join(clash))
         values = before | given
@@ -455,7 +456,9 @@ def build(options: argparse.Namespace, given: dict) -> tuple[Run, data.Source]:
 
     torch.manual_seed(recipe.seed)
     model = D3T(settings).to(world.device)
-    model.trunk.to(memory_format=torch.channels_last_3d)  # the faster layout of its convolutions
+    for module in model.modules():
+        if isinstance(module, torch.nn.Conv3d):
+            module.to(memory_format=torch.channels_last_3d)  # the faster layout
     if saved:
         model.load_state_dict(saved["model"])
     elif options.weights:
@@ -488,19 +491,9 @@ def build(options: argparse.Namespace, given: dict) -> tuple[Run, data.Source]:
     return run, source
 
 
-def main(options: argparse.Namespace, given: dict) -> int:
-    run, source = build(options, given)
-    world, recipe, progress = run.world, run.recipe, run.progress
-    train, test = (
-        data.Dataset(source, split, *run.settings.grid[:1], run.settings.height, run.settings.width, recipe.seed, options.hide)
-        for split in ("train", "test")
-    )
-    if options.eval:
-        result = evaluate(run, test)
-        if world.rank == 0:
-            print(json.dumps(result))
-        return 0
-
+def fit(run: Run, train: data.Dataset, test: data.Dataset) -> int:
+    """Train to the last epoch, with a test, a line of the log and a checkpoint after each; the exit status."""
+    world, recipe, options, progress = run.world, run.recipe, run.options, run.progress
     if world.rank == 0:
         options.out.mkdir(parents=True, exist_ok=True)
         if not options.resume:
@@ -543,13 +536,27 @@ def main(options: argparse.Namespace, given: dict) -> int:
     return 0
 
 
-if __name__ == "__main__":
+def main(words: list[str] | None = None) -> int:
     try:
-        status = main(*parse_args())
+        run, source = build(*parse_args(words))
+        s, options = run.settings, run.options
+        train, test = (
+            data.Dataset(source, split, s.frames, s.height, s.width, run.recipe.seed, options.hide)
+            for split in ("train", "test")
+        )
+        if not options.eval:
+            return fit(run, train, test)
+        result = evaluate(run, test)
+        if run.world.rank == 0:
+            print(json.dumps(result))
+        return 0
     except (UsageError, data.DataError) as error:
-        print(f"train.py: {error}", file=sys.stderr)
-        status = 2 if isinstance(error, UsageError) else 1
+        print(f"train.py: {str(error).strip()}", file=sys.stderr)
+        return 2 if isinstance(error, UsageError) else 1
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
-    sys.exit(status)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
