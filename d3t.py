@@ -150,8 +150,7 @@ class Attention(nn.Module):
     def msa(self, X: Tensor, X_: Tensor) -> Tensor:
         """MSA(X Wq, X~ Wk, X~ Wv), multi-head attention with scale 1/sqrt(D / heads)."""
         q, k, v = (  # (B, heads, n or m, D / heads)
-            tokens.unflatten(-1, (self.heads, -1)).transpose(1, 2)
-            for tokens in (self.Wq(X), self.Wk(X_), self.Wv(X_))
+            tokens.unflatten(-1, (self.heads, -1)).transpose(1, 2) for tokens in (self.Wq(X), self.Wk(X_), self.Wv(X_))
         )
         out = F.scaled_dot_product_attention(q, k, v)
         return self.Wo(out.transpose(1, 2).flatten(2))  # (B, n, D)
@@ -351,7 +350,9 @@ class Settings:
             if used and window > length:
                 raise ValueError(f"{axis}_window = {window} is larger than the {length} {of}")
             if used and stride > window:
-                raise ValueError(f"{axis}_stride = {stride} is larger than {axis}_window = {window}: gaps between windows")
+                raise ValueError(
+                    f"{axis}_stride = {stride} is larger than {axis}_window = {window}: gaps between windows"
+                )
 
     @property
     def grid(self) -> tuple[int, int, int]:
@@ -436,13 +437,16 @@ class D3T(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Conv3d):  # as in R(2+1)D: keeps the variance of the gradient through a ReLU
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)  # at these widths ViT's 0.02 learns far slower
+            if isinstance(module, nn.Linear):  # ViT's normal(0.02) starts far slower at these widths
+                nn.init.xavier_uniform_(module.weight)
             if isinstance(module, (nn.Conv3d, nn.Linear)) and module.bias is not None:
                 nn.init.zeros_(module.bias)
         for module in self.modules():
             if isinstance(module, TokenSearch):  # the search starts at the regular grid
                 nn.init.zeros_(module.offset.weight)
+            if isinstance(module, Attention):  # as in GPT-2: the 6L branches that add to a token start as large as one
+                for last in (module.Wo, module.ffn[2]):
+                    last.weight.data /= (6 * self.settings.blocks) ** 0.5
         for name, parameter in self.named_parameters():
             if name.startswith(("position", "modal")):
                 nn.init.trunc_normal_(parameter, std=0.02)

@@ -16,9 +16,10 @@ A source is a function that returns a `Source`: its clips with their joints, and
 import argparse
 import importlib
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -103,7 +104,9 @@ class Dataset(torch.utils.data.Dataset):
         scale = RESIZE * max(H / clip.size[0], W / clip.size[1])
         h, w = (round(side * scale) for side in clip.size)
         video = self.source.read(clip, frames, (h, w))  # (T, h, w, 3)
-        joints = (clip.joints[frames] + 0.5) * np.float32([w / clip.size[1], h / clip.size[0]]) - 0.5  # pixel edges scale
+        joints = (clip.joints[frames] + 0.5) * np.float32(
+            [w / clip.size[1], h / clip.size[0]]
+        ) - 0.5  # pixel edges scale
         visible = clip.visible[frames]
 
         top, left = (rng.integers(h - H + 1), rng.integers(w - W + 1)) if self.train else ((h - H) // 2, (w - W) // 2)
@@ -149,7 +152,22 @@ PENN_JOINTS = [
     "left hip", "right hip", "left knee", "right knee", "left ankle", "right ankle",
 ]  # fmt: skip
 PENN_PAIRS = [(1, 2), (3, 4), (5, 6), (7, 8), (9, 10), (11, 12)]
-PENN_EDGES = [(0, 1), (0, 2), (1, 2), (1, 3), (3, 5), (2, 4), (4, 6), (1, 7), (2, 8), (7, 8), (7, 9), (9, 11), (8, 10), (10, 12)]
+PENN_EDGES = [
+    (0, 1),
+    (0, 2),
+    (1, 2),
+    (1, 3),
+    (3, 5),
+    (2, 4),
+    (4, 6),
+    (1, 7),
+    (2, 8),
+    (7, 8),
+    (7, 9),
+    (9, 11),
+    (8, 10),
+    (10, 12),
+]
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -212,7 +230,9 @@ def synthetic(root=None, train: int = 2048, test: int = 512, seed: int = 0) -> S
             actor = rng.integers(2)
             joints = np.float32(figures[actor])
             visible = rng.random(joints.shape[:2]) < 0.95  # real annotations have holes
-            colours = rng.integers(0, 2, (2, 3)) * 200 + rng.integers(0, 56, (2, 3))  # bright or dark, the wall is neither
+            colours = rng.integers(0, 2, (2, 3)) * 200 + rng.integers(
+                0, 56, (2, 3)
+            )  # bright or dark, the wall is neither
             media = (np.stack(figures), colours, rng.integers(80, 176, (5, 5, 3)), rng.uniform(-0.5, 0.5, 2))
             clip = Clip(f"{split} {i}", int(actions[actor]), joints, visible, (SYNTHETIC_SIZE, SYNTHETIC_SIZE), media)
             source.clips[split].append(clip)
@@ -227,7 +247,9 @@ def draw(clip: Clip, frames: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     # the wall: 5 x 5 colours, of which a frame shows 2.5 x 2.5, bilinear between them
     origin = 0.6 + drift * frames[:, None] / 16  # (T, 2)
     across, down = (
-        np.maximum(0, 1 - abs(origin[:, k, None] + 2.5 * np.arange(size[1 - k]) / size[1 - k] - np.arange(5)[:, None, None]))
+        np.maximum(
+            0, 1 - abs(origin[:, k, None] + 2.5 * np.arange(size[1 - k]) / size[1 - k] - np.arange(5)[:, None, None])
+        )
         for k in (0, 1)
     )  # weight of each wall colour, (5, T, w) and (5, T, h)
     video = np.einsum("jth, itw, jic -> thwc", down, across, wall, optimize=True).astype(np.float32)
@@ -294,11 +316,15 @@ def penn_label(label: dict, folder: Path) -> tuple[str, Clip]:
     joints = np.stack([label["x"], label["y"]], -1).astype(np.float32) - 1
     visible = label["visibility"].astype(bool)  # joints that were never annotated sit at the first pixel, invisible
     if not len(joints) or joints.shape[1:] != (13, 2) or visible.shape != joints.shape[:2]:
-        raise ValueError(f"x, y of shape {joints.shape[:2]}, visibility of shape {visible.shape}, expected (frames, 13)")
+        raise ValueError(
+            f"x, y of shape {joints.shape[:2]}, visibility of shape {visible.shape}, expected (frames, 13)"
+        )
     height, width = (int(side) for side in label["dimensions"].ravel()[:2])
     if min(height, width) < 1:
         raise ValueError(f"frames of {height} x {width} pixels")
-    return ("train" if train == 1 else "test"), Clip(folder.name, PENN_ACTIONS.index(action), joints, visible, (height, width), folder)
+    return ("train" if train == 1 else "test"), Clip(
+        folder.name, PENN_ACTIONS.index(action), joints, visible, (height, width), folder
+    )
 
 
 def read_jpegs(clip: Clip, frames: np.ndarray, size: tuple[int, int]) -> np.ndarray:
@@ -352,7 +378,9 @@ class Frames(torch.utils.data.Dataset):
 def main():
     parser = argparse.ArgumentParser(description="Check a data set: counts, frames, visible joints, every problem.")
     parser.add_argument("--data", choices=SOURCES, default="synthetic")
-    parser.add_argument("--root", help="its folder; the default is " + ", ".join(f"{r} for {n}" for n, (_, r) in SOURCES.items() if r))
+    parser.add_argument(
+        "--root", help="its folder; the default is " + ", ".join(f"{r} for {n}" for n, (_, r) in SOURCES.items() if r)
+    )
     parser.add_argument("--workers", type=int, default=2, help="processes that read frames (default: 2)")
     args = parser.parse_args()
     try:
@@ -367,7 +395,9 @@ def main():
     clips = [*source.clips["train"], *source.clips["test"]]
     print(f"{'all':24}{len(source.clips['train']):8}{len(source.clips['test']):8}")
     visible = np.concatenate([clip.visible.ravel() for clip in clips])
-    print(f"{sum(len(clip.joints) for clip in clips)} frames, {len(source.joint_names)} joints, {visible.mean():.1%} visible")
+    print(
+        f"{sum(len(clip.joints) for clip in clips)} frames, {len(source.joint_names)} joints, {visible.mean():.1%} visible"
+    )
     unseen = [clip.name for clip in clips if not clip.visible.any()]
     if unseen:
         print(f"without a visible joint: {', '.join(unseen)}")

@@ -22,8 +22,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import data
 import d3t
+import data
 import train
 from d3t import D3T, Settings
 
@@ -156,7 +156,10 @@ def loop_temporal_stride(X, w, heads, window, stride):
     copies = {t: [] for t in range(T)}
     for start in loop_starts(T, window, stride):
         out = loop_attention(
-            X[start : start + window].reshape(-1, D), X[start : start + window].reshape(-1, D), part(w, "attention."), heads
+            X[start : start + window].reshape(-1, D),
+            X[start : start + window].reshape(-1, D),
+            part(w, "attention."),
+            heads,
         )
         for t, frame in zip(range(start, start + window), out.reshape(window, N, D)):
             copies[t].append(frame)
@@ -359,7 +362,9 @@ def test_no_point_starts_dead_and_none_leaves():
         p = search.points(Z)
         assert (p >= 0).all() and (p <= torch.tensor([3, 4, 5])).all()
         wanted = 0 if extreme < 0 else 1
-        assert torch.equal(p.amin((0, 1, 2, 3)) if wanted == 0 else p.amax((0, 1, 2, 3)), wanted * p.new_tensor([3, 4, 5]))
+        assert torch.equal(
+            p.amin((0, 1, 2, 3)) if wanted == 0 else p.amax((0, 1, 2, 3)), wanted * p.new_tensor([3, 4, 5])
+        )
 
 
 def test_joints_follow_the_half_pixel_rule():
@@ -496,14 +501,21 @@ def test_trunk_is_torchvisions():
         expected[f"{name}.num_batches_tracked"] = ()
 
     conv("stem.0", 45, 3, 1, 7, 7), norm("stem.1", 45), conv("stem.3", 64, 45, 3, 1, 1), norm("stem.4", 64)
-    for layer, inputs, outputs, first, second in ((1, 64, 64, 144, 144), (2, 64, 128, 230, 288), (3, 128, 256, 460, 576)):
+    for layer, inputs, outputs, first, second in (
+        (1, 64, 64, 144, 144),
+        (2, 64, 128, 230, 288),
+        (3, 128, 256, 460, 576),
+    ):
         for block, wide, middle in ((0, inputs, first), (1, outputs, second)):
             for half, width in ((1, wide), (2, outputs)):
                 name = f"layer{layer}.{block}.conv{half}"
                 conv(f"{name}.0.0", middle, width, 1, 3, 3), norm(f"{name}.0.1", middle)
                 conv(f"{name}.0.3", outputs, middle, 3, 1, 1), norm(f"{name}.1", outputs)
         if layer > 1:
-            conv(f"layer{layer}.0.downsample.0", outputs, inputs, 1, 1, 1), norm(f"layer{layer}.0.downsample.1", outputs)
+            (
+                conv(f"layer{layer}.0.downsample.0", outputs, inputs, 1, 1, 1),
+                norm(f"layer{layer}.0.downsample.1", outputs),
+            )
     assert {name: tuple(v.shape) for name, v in d3t.Trunk(64).state_dict().items()} == expected
 
 
@@ -631,7 +643,9 @@ def test_joints_stay_on_their_pixels(size, crop, split):
                 if r:
                     flips.add(bool(mirrored))
                 channel = 3 - r if mirrored else r
-                near = torch.exp(-(((torch.arange(crop[1]) - x) ** 2)[None] + ((torch.arange(crop[0]) - y) ** 2)[:, None]) / 2)
+                near = torch.exp(
+                    -(((torch.arange(crop[1]) - x) ** 2)[None] + ((torch.arange(crop[0]) - y) ** 2)[:, None]) / 2
+                )
                 window = blob[channel] * (near > 0.05)
                 assert (window - 255 * near * (near > 0.05)).abs().max() < 2
     assert split == "test" or flips == {False, True}
@@ -677,7 +691,7 @@ def penn(tmp_path):
     spelled = {"bowl": "bowling", "pullup": "pull_ups", "strum_guitar": "strumming_guitar"}
     (tmp_path / "labels").mkdir()
     for i in range(120):
-        height, width = ((48, 36) if i == 2 else (30, 44))  # one portrait clip
+        height, width = (48, 36) if i == 2 else (30, 44)  # one portrait clip
         n, action = 8, data.PENN_ACTIONS[i % 15]
         x, y = rng.integers(2, width, (n, 13)), rng.integers(2, height, (n, 13))
         visibility = np.ones((n, 13), np.uint8)
@@ -708,7 +722,10 @@ def test_penn_action(penn):
     clips = {clip.name: clip for clip in source.clips["train"] + source.clips["test"]}
     assert all(clips[f"{i + 1:04d}"].label == i % 15 for i in range(120))
     assert clips["0003"].size == (48, 36) and clips["0001"].size == (30, 44)
-    assert all((clip.joints >= 0).all() and clip.joints.max() < 48 and clip.joints.dtype == np.float32 for clip in clips.values())
+    assert all(
+        (clip.joints >= 0).all() and clip.joints.max() < 48 and clip.joints.dtype == np.float32
+        for clip in clips.values()
+    )
     assert not clips["0005"].visible.any() and not any(clip.visible[:, 3].any() for clip in clips.values())
     assert len(clips["0006"].joints) == 8
     for name in ("0001", "0002", "0003"):  # the head is the brightest pixel of the frame, at full size
@@ -724,7 +741,7 @@ def test_penn_action(penn):
 def test_bad_clips(penn):
     """A missing or damaged frame that crashes a worker, or a clip that silently vanishes from a test."""
     (penn / "frames" / "0002" / "000003.jpg").unlink()
-    jpeg = (penn / "frames" / "0003" / "000005.jpg")
+    jpeg = penn / "frames" / "0003" / "000005.jpg"
     jpeg.write_bytes(jpeg.read_bytes()[:300])
     source = data.load("pennaction", penn)
     train_set, test_set = (data.Dataset(source, split, 8, 24, 24) for split in ("train", "test"))
@@ -780,7 +797,15 @@ def test_check_of_a_data_set(penn):
     (penn / "frames" / "0003" / "000005.jpg").write_bytes(b"")
     done = python(HERE / "data.py", "--data", "pennaction", "--root", penn)
     assert done.returncode == 1
-    for words in ("bowl", "60      60", "960 frames", "without a visible joint: 0005", "2 problems", "000003.jpg", "000005.jpg"):
+    for words in (
+        "bowl",
+        "60      60",
+        "960 frames",
+        "without a visible joint: 0005",
+        "2 problems",
+        "000003.jpg",
+        "000005.jpg",
+    ):
         assert words in done.stdout
     done = python(HERE / "data.py", "--data", "pennaction", "--root", penn / "labels")
     assert done.returncode == 1 and len(done.stderr.splitlines()) == 1 and "looked for" in done.stderr
@@ -904,7 +929,26 @@ def test_one_two_and_four_processes_take_the_same_step(tmp_path):
 
 def test_the_script_on_two_processes(tmp_path):
     """What only the real thing shows: a hang in an evaluation, wrapped names in a checkpoint, clips counted twice."""
-    flags = "--channels 4 --height 16 --width 16 --frames 4 --heads 2 --batch 64 --epochs 1 --device cpu --workers 1".split()
+    flags = [
+        "--channels",
+        "4",
+        "--height",
+        "16",
+        "--width",
+        "16",
+        "--frames",
+        "4",
+        "--heads",
+        "2",
+        "--batch",
+        "64",
+        "--epochs",
+        "1",
+        "--device",
+        "cpu",
+        "--workers",
+        "1",
+    ]
     done = torchrun(2, HERE / "train.py", *flags, "--out", tmp_path)
     assert done.returncode == 0, done.stderr
     (line,) = log_of(tmp_path)
@@ -920,7 +964,22 @@ def test_the_script_on_two_processes(tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_the_step_and_saves(tmp_path, number):
     """A run that Ctrl-C or a preempted node throws away."""
-    flags = "--channels 4 --height 16 --width 16 --frames 4 --heads 2 --epochs 50 --device cpu".split()
+    flags = [
+        "--channels",
+        "4",
+        "--height",
+        "16",
+        "--width",
+        "16",
+        "--frames",
+        "4",
+        "--heads",
+        "2",
+        "--epochs",
+        "50",
+        "--device",
+        "cpu",
+    ]
     command = [sys.executable, HERE / "train.py", *flags, "--save-every", "10", "--out", tmp_path]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     for _ in range(600):
@@ -945,7 +1004,9 @@ def test_bad_clips_in_training(penn, fit, tmp_path):
     assert status == 1 and "more than 1 %" in printed and "0004/000004.jpg" in printed
     (penn / "frames" / "0003" / "000001.jpg").unlink()
     for workers in (0, 1):
-        status, printed = fit(f"--data pennaction --root {penn} --frames 8 --eval {tmp_path}/run/best.pt --workers {workers}")
+        status, printed = fit(
+            f"--data pennaction --root {penn} --frames 8 --eval {tmp_path}/run/best.pt --workers {workers}"
+        )
         assert status == 1 and printed.splitlines()[-1].startswith("train.py: ") and "0003/000001.jpg" in printed
 
 
@@ -993,7 +1054,7 @@ def test_every_setting_is_a_flag():
             assert f.name in ("classes", "joints") or f"--{f.name.replace('_', '-')}" in done.stdout
     for words in ("data:", "run:", "training:", "model:", "[224; small", "[12; small 8; tiny 6]"):
         assert words in done.stdout
-    options, given = train.parse_args("--no-joint-attention --sigma 2 --data pennaction".split())
+    options, given = train.parse_args(["--no-joint-attention", "--sigma", "2", "--data", "pennaction"])
     assert given == {"joint_attention": False, "sigma": 2.0} and options.preset == "paper"
 
 

@@ -55,8 +55,12 @@ class Recipe:
 
 PRESETS = {  # what differs from the paper's
     "paper": {},
-    "small": dict(frames=8, height=96, width=96, channels=16, blocks=2, heads=4, batch=16, lr=1.5e-3, epochs=30, warmup=2.0),
-    "tiny": dict(frames=6, height=32, width=32, channels=16, blocks=1, heads=4, kernel=3, batch=16, lr=2e-3, epochs=6, warmup=1.0),
+    "small": dict(
+        frames=8, height=96, width=96, channels=16, blocks=2, heads=2, batch=16, lr=1.5e-3, epochs=24, warmup=2.0
+    ),
+    "tiny": dict(
+        frames=6, height=32, width=32, channels=16, blocks=1, heads=4, kernel=3, batch=16, lr=2e-3, epochs=4, warmup=0.5
+    ),
 }
 MAY_CHANGE = {"batch", "accumulate"}  # between the parts of a run that is resumed
 
@@ -77,11 +81,12 @@ class World:
     @classmethod
     def join(cls, device: str) -> "World":
         rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        if device == "cuda":
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        device = torch.device(device, int(os.environ.get("LOCAL_RANK", 0))) if device == "cuda" else torch.device("cpu")
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
         if size > 1:
-            dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
-        return cls(rank, size, torch.device(device))
+            dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        return cls(rank, size, device)
 
     def sum(self, values) -> torch.Tensor:
         """Sum over the processes; on the CPU, so that it never waits for the device."""
@@ -228,13 +233,13 @@ def train_one_epoch(run: Run, dataset: data.Dataset) -> bool:
         initial=progress.seen,
         unit="clip",
         leave=False,
-        disable=world.rank > 0,
+        disable=world.rank > 0 or None,  # None: only where somebody watches
     )
-    start, losses = time.time() - progress.seconds, torch.tensor(progress.loss, device=world.device, dtype=torch.float64)
+    begin = time.time() - progress.seconds
+    losses = torch.tensor(progress.loss, dtype=torch.float64, device=world.device)  # stays there: no wait in a step
 
-    def save():
-        progress.loss, progress.seconds = losses.item(), time.time() - start
-        save_checkpoint(run, "last.pt")
+    def note_progress():
+        progress.loss, progress.seconds = world.sum(losses.item()).item() / world.size, time.time() - begin
 
     while step := list(islice(loader, recipe.accumulate)):
         rate = learning_rate(recipe, progress.epoch + (progress.seen + recipe.batch) / len(dataset))
@@ -258,10 +263,11 @@ def train_one_epoch(run: Run, dataset: data.Dataset) -> bool:
             check_bad_clips(bad, progress.bad, len(dataset))
         stop = signals > 0 or progress.step == run.options.stop_after
         if stop or progress.step % run.options.save_every == 0:
-            save()
+            note_progress()
+            save_checkpoint(run, "last.pt")
         if stop:
             return False
-    progress.loss, progress.seconds = losses.item(), time.time() - start
+    note_progress()
     bar.close()
     return True
 
@@ -288,7 +294,7 @@ def evaluate(run: Run, dataset: data.Dataset) -> dict:
     right, total = torch.zeros(classes, dtype=torch.float64), torch.zeros(classes, dtype=torch.float64)
     for batch in tqdm(
         load_batches(dataset, batches, run.options.workers, world.device),
-        desc="testing", unit="batch", leave=False, disable=world.rank > 0,
+        desc="testing", unit="batch", leave=False, disable=world.rank > 0 or None,
     ):  # fmt: skip
         video, joints, visible, label = inputs(batch, world.device)
         with run.autocast():
@@ -363,7 +369,9 @@ def parse_args(words: list[str] | None) -> tuple[argparse.Namespace, dict]:
     group = parser.add_argument_group("data")
     group.add_argument("--data", choices=data.SOURCES, default="synthetic", help="data set [synthetic]")
     group.add_argument("--root", help="its folder [datasets/NAME, the name that its archive unpacks to]")
-    group.add_argument("--workers", type=int, help="processes that load clips, for each training process [2; synthetic 1]")
+    group.add_argument(
+        "--workers", type=int, help="processes that load clips, for each training process [2; synthetic 1]"
+    )
     group.add_argument("--hide", choices=("joints", "video"), default="", help="leave only the other modality")
 
     group = parser.add_argument_group("run")
@@ -371,10 +379,14 @@ def parse_args(words: list[str] | None) -> tuple[argparse.Namespace, dict]:
     group.add_argument("--out", type=Path, help="folder of the run [runs/DATA]")
     group.add_argument("--resume", action="store_true", help="go on with the run in that folder")
     group.add_argument("--overwrite", action="store_true", help="start anew in a folder that holds a run")
-    group.add_argument("--save-every", type=int, default=500, metavar="STEPS", help="also write last.pt within an epoch [500]")
+    group.add_argument(
+        "--save-every", type=int, default=500, metavar="STEPS", help="also write last.pt within an epoch [500]"
+    )
     group.add_argument("--stop-after", type=int, metavar="STEPS", help="stop as Ctrl-C would, to be resumed [never]")
     group.add_argument("--eval", type=Path, metavar="CKPT", help="only test this checkpoint")
-    group.add_argument("--weights", type=Path, metavar="PATH", help="start the trunk from torchvision's r2plus1d_18 weights")
+    group.add_argument(
+        "--weights", type=Path, metavar="PATH", help="start the trunk from torchvision's r2plus1d_18 weights"
+    )
     group.add_argument("--device", choices=("cpu", "cuda"), help="[cuda where there is one]")
     group.add_argument("--amp", choices=("off", "bf16", "fp16"), help="mixed precision [fp16 with CUDA, off without]")
     group.add_argument("--compile", action="store_true", help="torch.compile the training step")
@@ -414,7 +426,9 @@ def configure(options: argparse.Namespace, given: dict, source: data.Source, sav
         values = before | given
     else:
         values = PRESETS[options.preset] | given | fixed
-    settings, recipe = (kind(**{f.name: values[f.name] for f in fields(kind) if f.name in values}) for kind in (Settings, Recipe))
+    settings, recipe = (
+        kind(**{f.name: values[f.name] for f in fields(kind) if f.name in values}) for kind in (Settings, Recipe)
+    )
 
     clips = len(source.clips["train"])
     if recipe.batch % (world.size * recipe.accumulate):
@@ -440,14 +454,18 @@ def build(options: argparse.Namespace, given: dict) -> tuple[Run, data.Source]:
         raise UsageError("--device cuda: torch sees no CUDA device")
     last = options.out / "last.pt"
     if last.exists() and not (options.resume or options.overwrite or options.eval):
-        raise UsageError(f"{options.out} holds a run: --resume goes on with it, --overwrite starts anew, --out goes elsewhere")
+        raise UsageError(
+            f"{options.out} holds a run: --resume goes on with it, --overwrite starts anew, --out goes elsewhere"
+        )
     if options.resume and not last.exists():
         raise UsageError(f"--resume: there is no {last}")
     world = World.join(options.device)
 
     source = world.from_first(lambda: data.load(options.data, options.root))
     if source.problems:
-        raise data.DataError(f"{len(source.problems)} clips of {options.data} cannot be indexed:\n" + "\n".join(source.problems))
+        raise data.DataError(
+            f"{len(source.problems)} clips of {options.data} cannot be indexed:\n" + "\n".join(source.problems)
+        )
     saved = load_checkpoint(options.eval or last) if options.eval or options.resume else None
     try:
         settings, recipe = configure(options, given, source, saved, world)
@@ -467,7 +485,7 @@ def build(options: argparse.Namespace, given: dict) -> tuple[Run, data.Source]:
     if world.size > 1 and not options.eval:
         if options.device == "cuda":  # few clips a process: batch statistics over all of them
             net = model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
-        net = DistributedDataParallel(model, device_ids=[world.device.index or torch.cuda.current_device()] if options.device == "cuda" else None)
+        net = DistributedDataParallel(model, device_ids=[world.device] if options.device == "cuda" else None)
     if options.compile:
         net = torch.compile(net)
 
@@ -486,7 +504,9 @@ def build(options: argparse.Namespace, given: dict) -> tuple[Run, data.Source]:
     if world.rank == 0:
         count = sum(p.numel() for p in model.parameters())
         threads = f"{torch.get_num_threads()} threads" if options.device == "cpu" else torch.cuda.get_device_name()
-        print(f"D3T {git_revision()}: {count:,} parameters, {world.size} x {options.device} ({threads}), torch {torch.__version__}")
+        print(
+            f"D3T {git_revision()}: {count:,} parameters, {world.size} x {options.device} ({threads}), torch {torch.__version__}"
+        )
         print(f"{options}\n{recipe}\n{settings}", flush=True)
     return run, source
 
@@ -519,7 +539,9 @@ def fit(run: Run, train: data.Dataset, test: data.Dataset) -> int:
             "clips_per_second": round(steps * recipe.batch / progress.seconds, 1),
         }
         best = result["top1"] > progress.best
-        run.progress = progress = Progress(progress.epoch + 1, step=progress.step, best=max(progress.best, result["top1"]))
+        run.progress = progress = Progress(
+            progress.epoch + 1, step=progress.step, best=max(progress.best, result["top1"])
+        )
         if world.rank == 0:
             with open(options.out / "log.jsonl", "a") as log:
                 log.write(json.dumps(line) + "\n")
@@ -532,7 +554,9 @@ def fit(run: Run, train: data.Dataset, test: data.Dataset) -> int:
         if best:
             save_checkpoint(run, "best.pt")
     if world.rank == 0:
-        print(f"best top-1 {progress.best:.2%}; {time.time() - begin:.0f} s; checkpoints and log.jsonl in {options.out}")
+        print(
+            f"best top-1 {progress.best:.2%}; {time.time() - begin:.0f} s; checkpoints and log.jsonl in {options.out}"
+        )
     return 0
 
 
