@@ -390,14 +390,13 @@ def main():
 
     print(f"{'class':24}{'train':>8}{'test':>8}")
     for label, name in enumerate(source.classes):
-        counts = [sum(clip.label == label for clip in clips) for clips in source.clips.values()]
-        print(f"{name:24}{counts[0]:8}{counts[1]:8}")
-    clips = [*source.clips["train"], *source.clips["test"]]
+        train, test = (sum(clip.label == label for clip in source.clips[split]) for split in ("train", "test"))
+        print(f"{name:24}{train:8}{test:8}")
     print(f"{'all':24}{len(source.clips['train']):8}{len(source.clips['test']):8}")
-    visible = np.concatenate([clip.visible.ravel() for clip in clips])
-    print(
-        f"{sum(len(clip.joints) for clip in clips)} frames, {len(source.joint_names)} joints, {visible.mean():.1%} visible"
-    )
+    clips = source.clips["train"] + source.clips["test"]
+    frames = sum(len(clip.joints) for clip in clips)
+    seen = sum(clip.visible.sum() for clip in clips) / max(1, sum(clip.visible.size for clip in clips))
+    print(f"{frames} frames, {len(source.joint_names)} joints, {seen:.1%} of them visible")
     unseen = [clip.name for clip in clips if not clip.visible.any()]
     if unseen:
         print(f"without a visible joint: {', '.join(unseen)}")

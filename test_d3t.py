@@ -134,7 +134,7 @@ def loop_starts(length, window, stride):
 
 
 def loop_joint_stride(P, m_cls, m_pose, w, heads, window, stride):
-    """P (T, R, D): each window of joints, over all frames, attends within itself and the two modal tokens of a frame."""
+    """P (T, R, D): a window of joints, over all frames, attends within itself and the two modal tokens of a frame."""
     T, R, D = P.shape
     copies = {(t, r): [] for t, r in np.ndindex(T, R)}
     cls_copies, pose_copies = [], []
@@ -654,9 +654,14 @@ def test_joints_stay_on_their_pixels(size, crop, split):
 def test_one_frame_of_each_segment():
     """Frames out of order or of one end only; clips shorter than T; the middle frames in a test."""
     seen = []
+
+    def spy(clip, frames, size):
+        seen.append(frames)
+        return np.zeros((len(frames), *size, 3), np.uint8)
+
     for n in (1, 2, 5, 12, 50, 663):
         source = marks(n=n)
-        read, source.read = source.read, lambda clip, frames, size: seen.append(frames) or read(clip, frames, size)
+        source.read = spy
         data.Dataset(source, "test", 5, 16, 16)[0]
         assert seen[-1].tolist() == [int((t + 0.5) * n / 5) for t in range(5)]
         for epoch in range(20):
@@ -815,12 +820,13 @@ def test_check_of_a_data_set(penn):
 # Training
 # --------------------------------------------------------------------------------------------------------------------
 
-SMALL = "--channels 4 --height 16 --width 16 --frames 4 --heads 2 --batch 8 --epochs 2 --warmup 0.5 --workers 0 --device cpu"
+TINY = "--channels 4 --height 16 --width 16 --frames 4 --heads 2 --device cpu"
+SMALL = TINY + " --batch 8 --epochs 2 --warmup 0.5 --workers 0"
 
 
 @pytest.fixture
 def fit(tmp_path, monkeypatch, capsys):
-    """`fit(flags, out=...)` runs train.main in this process on 43 synthetic clips; returns status and what it printed."""
+    """`fit(flags, out=...)` runs train.main in this process on 43 synthetic clips: its status and what it printed."""
     sources = {**data.SOURCES, "synthetic": (functools.partial(data.synthetic, train=43, test=11), None)}
     monkeypatch.setattr(data, "SOURCES", sources)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -929,26 +935,7 @@ def test_one_two_and_four_processes_take_the_same_step(tmp_path):
 
 def test_the_script_on_two_processes(tmp_path):
     """What only the real thing shows: a hang in an evaluation, wrapped names in a checkpoint, clips counted twice."""
-    flags = [
-        "--channels",
-        "4",
-        "--height",
-        "16",
-        "--width",
-        "16",
-        "--frames",
-        "4",
-        "--heads",
-        "2",
-        "--batch",
-        "64",
-        "--epochs",
-        "1",
-        "--device",
-        "cpu",
-        "--workers",
-        "1",
-    ]
+    flags = f"{TINY} --batch 64 --epochs 1 --workers 1".split()
     done = torchrun(2, HERE / "train.py", *flags, "--out", tmp_path)
     assert done.returncode == 0, done.stderr
     (line,) = log_of(tmp_path)
@@ -964,22 +951,7 @@ def test_the_script_on_two_processes(tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_the_step_and_saves(tmp_path, number):
     """A run that Ctrl-C or a preempted node throws away."""
-    flags = [
-        "--channels",
-        "4",
-        "--height",
-        "16",
-        "--width",
-        "16",
-        "--frames",
-        "4",
-        "--heads",
-        "2",
-        "--epochs",
-        "50",
-        "--device",
-        "cpu",
-    ]
+    flags = f"{TINY} --epochs 50".split()
     command = [sys.executable, HERE / "train.py", *flags, "--save-every", "10", "--out", tmp_path]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     for _ in range(600):
@@ -1000,7 +972,7 @@ def test_bad_clips_in_training(penn, fit, tmp_path):
     assert status == 0 and log_of(tmp_path / "run")[0]["bad"] == 1
     assert printed.count("warning: a clip was replaced") == 1 and "0002/000003.jpg" in printed
     (penn / "frames" / "0004" / "000004.jpg").write_bytes(b"")
-    status, printed = fit(f"{flags} --frames 8 --batch 60 --overwrite")
+    status, printed = fit(f"{flags} --frames 8 --batch 60", out="other")
     assert status == 1 and "more than 1 %" in printed and "0004/000004.jpg" in printed
     (penn / "frames" / "0003" / "000001.jpg").unlink()
     for workers in (0, 1):
@@ -1019,10 +991,13 @@ def test_usage_errors(fit, tmp_path):
     torch.save({"model": {}}, tmp_path / "other.pt")
     (tmp_path / "evil.pt").write_bytes(pickle.dumps(functools.partial(os.system, "touch evil")))
     for flags, said in (
-        ("", "--resume"), ("--resume --channels 8", "channels is 4, not 8"), ("--resume --lr 1 --epochs 9", "epochs is 2, not 9"),
+        ("", "--resume"), ("--resume --channels 8", "channels is 4, not 8"),
+        ("--resume --lr 1", "lr is 0.002, not 1"),
+        ("--overwrite --batch 0", "batch"), ("--overwrite --epochs -1", "epochs"), ("--overwrite --workers -1", "workers"),
         ("--resume --out nowhere", "nowhere"), ("--overwrite --batch 7 --accumulate 2", "--batch 7"),
         ("--overwrite --temporal-window 5", "temporal_window = 5"), ("--overwrite --amp fp16", "fp16"),
-        ("--overwrite --data pennaction --root nowhere", "nowhere"), ("--overwrite --batch 64", "43"),
+        ("--resume --data pennaction", "--data synthetic"),
+        ("--overwrite --batch 64", "43"),
         (f"--eval {tmp_path}/gone.pt", "gone.pt"), (f"--eval {tmp_path}/noise.pt", "noise.pt"),
         (f"--eval {tmp_path}/cut.pt", "cut.pt"), (f"--eval {tmp_path}/other.pt", "lacks"),
         (f"--eval {tmp_path}/evil.pt", "evil.pt"), (f"--overwrite --weights {tmp_path}/noise.pt", "--weights"),
@@ -1054,7 +1029,7 @@ def test_every_setting_is_a_flag():
             assert f.name in ("classes", "joints") or f"--{f.name.replace('_', '-')}" in done.stdout
     for words in ("data:", "run:", "training:", "model:", "[224; small", "[12; small 8; tiny 6]"):
         assert words in done.stdout
-    options, given = train.parse_args(["--no-joint-attention", "--sigma", "2", "--data", "pennaction"])
+    options, given = train.parse_args(["--no-joint-attention", "--sigma=2", "--data=pennaction", "--out=x"])
     assert given == {"joint_attention": False, "sigma": 2.0} and options.preset == "paper"
 
 

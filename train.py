@@ -4,10 +4,10 @@
     torchrun --nproc_per_node=4 train.py --data pennaction   # the paper's training
     python train.py --data pennaction --eval runs/pennaction/best.pt
 
-A run writes `last.pt`, `best.pt` and `log.jsonl` (a line an epoch) to its folder. Stopped by Ctrl-C, SIGTERM or a crash,
-it goes on with the same command and `--resume`, also in the middle of an epoch. Nothing random depends on what came
-before: every draw is a function of (seed, epoch, clip), so a resumed run on CPU ends with the very weights of a run that
-was never stopped, and a checkpoint needs no state of a random generator.
+A run writes `last.pt`, `best.pt` and `log.jsonl` (a line an epoch) to its folder. Stopped by Ctrl-C, SIGTERM or a
+crash, it goes on with the same command and `--resume`, also in the middle of an epoch. Nothing random depends on what
+came before: every draw is a function of (seed, epoch, clip). So a resumed run on CPU ends with the very weights of a
+run that was never stopped, and a checkpoint needs no state of a random generator.
 """
 
 import argparse
@@ -17,6 +17,7 @@ import os
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields
@@ -51,6 +52,11 @@ class Recipe:
     weight_decay: float = setting(0.05, "of the matrices; norms, biases and embeddings have none (open)")
     clip: float = setting(1.0, "largest norm of the gradient (open)")
     seed: int = setting(0, "of the weights, the order of the clips and their augmentation")
+
+    def __post_init__(self):
+        for name in ("epochs", "batch", "accumulate", "lr", "clip"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be positive, not {getattr(self, name)}")
 
 
 PRESETS = {  # what differs from the paper's
@@ -363,46 +369,48 @@ def parse_args(words: list[str] | None) -> tuple[argparse.Namespace, dict]:
     """Options, and those settings of model and recipe that were given on the command line."""
     parser = argparse.ArgumentParser(
         description="Train D3T, the 3D deformable transformer for action recognition.",
-        epilog="Defaults in brackets are those of the presets paper; small; tiny where they differ.",
+        epilog="In brackets: the default, or that of preset paper; then those of the presets that differ.",
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34, width=118),
     )
-    group = parser.add_argument_group("data")
-    group.add_argument("--data", choices=data.SOURCES, default="synthetic", help="data set [synthetic]")
-    group.add_argument("--root", help="its folder [datasets/NAME, the name that its archive unpacks to]")
-    group.add_argument(
-        "--workers", type=int, help="processes that load clips, for each training process [2; synthetic 1]"
+    add = parser.add_argument_group("data").add_argument
+    add("--data", choices=data.SOURCES, default="synthetic", help="data set [synthetic]")
+    add("--root", help="its folder [datasets/NAME, the name that its archive unpacks to]")
+    add(
+        "--workers", type=int, metavar="N", help="processes that load clips, for each training process [2; synthetic 1]"
     )
-    group.add_argument("--hide", choices=("joints", "video"), default="", help="leave only the other modality")
+    add("--hide", choices=("joints", "video"), default="", help="leave only the other modality")
 
-    group = parser.add_argument_group("run")
-    group.add_argument("--preset", choices=PRESETS, help="the defaults below [paper; for synthetic clips tiny]")
-    group.add_argument("--out", type=Path, help="folder of the run [runs/DATA]")
-    group.add_argument("--resume", action="store_true", help="go on with the run in that folder")
-    group.add_argument("--overwrite", action="store_true", help="start anew in a folder that holds a run")
-    group.add_argument(
-        "--save-every", type=int, default=500, metavar="STEPS", help="also write last.pt within an epoch [500]"
+    add = parser.add_argument_group("run").add_argument
+    add("--preset", choices=PRESETS, help="the defaults of training and model [paper; for synthetic clips tiny]")
+    add("--out", type=Path, metavar="DIR", help="folder of the run [runs/DATA]")
+    add("--resume", action="store_true", help="go on with the run in that folder")
+    add("--overwrite", action="store_true", help="start anew in a folder that holds a run")
+    add(
+        "--save-every",
+        type=int,
+        default=500,
+        metavar="N",
+        help="steps after which last.pt is written in an epoch [500]",
     )
-    group.add_argument("--stop-after", type=int, metavar="STEPS", help="stop as Ctrl-C would, to be resumed [never]")
-    group.add_argument("--eval", type=Path, metavar="CKPT", help="only test this checkpoint")
-    group.add_argument(
-        "--weights", type=Path, metavar="PATH", help="start the trunk from torchvision's r2plus1d_18 weights"
-    )
-    group.add_argument("--device", choices=("cpu", "cuda"), help="[cuda where there is one]")
-    group.add_argument("--amp", choices=("off", "bf16", "fp16"), help="mixed precision [fp16 with CUDA, off without]")
-    group.add_argument("--compile", action="store_true", help="torch.compile the training step")
+    add("--stop-after", type=int, metavar="N", help="steps after which to stop as Ctrl-C would, to be resumed [never]")
+    add("--eval", type=Path, metavar="CKPT", help="only test this checkpoint")
+    add("--weights", type=Path, metavar="PATH", help="start the trunk from torchvision's r2plus1d_18 weights")
+    add("--device", choices=("cpu", "cuda"), help="[cuda where there is one]")
+    add("--amp", choices=("off", "bf16", "fp16"), help="mixed precision [fp16 with CUDA, off without]")
+    add("--compile", action="store_true", help="torch.compile the training step")
 
-    for title, settings in (("training", Recipe), ("model", Settings)):
-        group = parser.add_argument_group(title, settings.__doc__)
-        for f in fields(settings):
+    for title, kind in (("training", Recipe), ("model", Settings)):
+        add = parser.add_argument_group(title, kind.__doc__).add_argument
+        for f in fields(kind):
             if f.name in ("classes", "joints"):
                 continue  # the data set knows
             defaults = [str(f.default)] + [f"{name} {p[f.name]}" for name, p in PRESETS.items() if f.name in p]
             how = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type, "metavar": "N"}
-            flag, text = "--" + f.name.replace("_", "-"), f.metadata["help"].replace("%", "%%")
-            group.add_argument(flag, **how, default=argparse.SUPPRESS, help=f"{text} [{'; '.join(defaults)}]")
+            text = f"{f.metadata['help']} [{'; '.join(defaults)}]"
+            add("--" + f.name.replace("_", "-"), **how, default=argparse.SUPPRESS, help=text)
 
     options = vars(parser.parse_args(words))
-    given = {f.name: options.pop(f.name) for s in (Recipe, Settings) for f in fields(s) if f.name in options}
+    given = {f.name: options.pop(f.name) for kind in (Recipe, Settings) for f in fields(kind) if f.name in options}
     options = argparse.Namespace(**options)
     synthetic = options.data == "synthetic"
     options.out = options.out or Path("runs", options.data)
@@ -410,30 +418,40 @@ def parse_args(words: list[str] | None) -> tuple[argparse.Namespace, dict]:
     options.workers = (1 if synthetic else 2) if options.workers is None else options.workers
     options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     options.amp = options.amp or ("fp16" if options.device == "cuda" else "off")
+    last = options.out / "last.pt"
+    if options.workers < 0 or options.save_every < 1:
+        raise UsageError("--workers must be 0 or more, and --save-every 1 or more")
+    if options.amp == "fp16" and options.device == "cpu":
+        raise UsageError("--amp fp16 needs CUDA; on a CPU use bf16 or off")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise UsageError("--device cuda: torch sees no CUDA device")
+    if options.resume and not last.exists():
+        raise UsageError(f"--resume: there is no {last}")
+    if last.exists() and not (options.resume or options.overwrite or options.eval):
+        raise UsageError(f"{options.out} holds a run: --resume goes on with it, --overwrite starts anew, or use --out")
     return options, given
 
 
 def configure(options: argparse.Namespace, given: dict, source: data.Source, saved: dict | None, world: World):
     """Settings and recipe: from the checkpoint, else from the preset and the flags. UsageError where they clash."""
-    fixed = {"classes": len(source.classes), "joints": len(source.joint_names)}
+    values = PRESETS[options.preset]
+    given = given | {"classes": len(source.classes), "joints": len(source.joint_names)}
     if saved:
-        before = saved["recipe"] | saved["settings"]
-        may_change = set(saved["recipe"]) if options.eval else MAY_CHANGE
-        given = given | fixed
-        clash = [f"{k} is {before[k]}, not {v}" for k, v in given.items() if before[k] != v and k not in may_change]
+        values = saved["recipe"] | saved["settings"]
+        free = saved["recipe"] if options.eval else MAY_CHANGE
+        clash = [f"{k} is {values.get(k)}, not {v}" for k, v in given.items() if values.get(k) != v and k not in free]
         if clash:
             raise UsageError("the checkpoint does not fit: " + "; ".join(clash))
-        values = before | given
-    else:
-        values = PRESETS[options.preset] | given | fixed
-    settings, recipe = (
-        kind(**{f.name: values[f.name] for f in fields(kind) if f.name in values}) for kind in (Settings, Recipe)
-    )
-
-    clips = len(source.clips["train"])
-    if recipe.batch % (world.size * recipe.accumulate):
+    values = values | given
+    try:
+        settings = Settings(**{f.name: values[f.name] for f in fields(Settings) if f.name in values})
+        recipe = Recipe(**{f.name: values[f.name] for f in fields(Recipe) if f.name in values})
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    parts, clips = world.size * recipe.accumulate, len(source.clips["train"])
+    if recipe.batch % parts:
         raise UsageError(
-            f"--batch {recipe.batch} does not divide by {world.size} processes x {recipe.accumulate} parts (--accumulate)"
+            f"--batch {recipe.batch} does not divide by {world.size} processes x --accumulate {recipe.accumulate}"
         )
     if recipe.batch > clips and not options.eval:
         raise UsageError(f"--batch {recipe.batch} is more than the {clips} training clips")
@@ -448,114 +466,105 @@ def git_revision() -> str:
 
 def build(options: argparse.Namespace, given: dict) -> tuple[Run, data.Source]:
     """Everything a run needs, in the state that it starts or goes on from."""
-    if options.amp == "fp16" and options.device == "cpu":
-        raise UsageError("--amp fp16 needs CUDA; on a CPU use bf16 or off")
-    if options.device == "cuda" and not torch.cuda.is_available():
-        raise UsageError("--device cuda: torch sees no CUDA device")
-    last = options.out / "last.pt"
-    if last.exists() and not (options.resume or options.overwrite or options.eval):
-        raise UsageError(
-            f"{options.out} holds a run: --resume goes on with it, --overwrite starts anew, --out goes elsewhere"
-        )
-    if options.resume and not last.exists():
-        raise UsageError(f"--resume: there is no {last}")
     world = World.join(options.device)
-
+    path = options.eval or options.out / "last.pt"
+    saved = load_checkpoint(path) if options.eval or options.resume else None
+    if saved and saved["data"] != options.data:
+        raise UsageError(f"{path} was trained on {saved['data']}, not {options.data}: use --data {saved['data']}")
     source = world.from_first(lambda: data.load(options.data, options.root))
     if source.problems:
-        raise data.DataError(
-            f"{len(source.problems)} clips of {options.data} cannot be indexed:\n" + "\n".join(source.problems)
-        )
-    saved = load_checkpoint(options.eval or last) if options.eval or options.resume else None
-    try:
-        settings, recipe = configure(options, given, source, saved, world)
-    except ValueError as error:
-        raise UsageError(str(error)) from None
+        count = len(source.problems)
+        raise data.DataError(f"{count} clips of {options.data} cannot be indexed:\n" + "\n".join(source.problems))
+    settings, recipe = configure(options, given, source, saved, world)
 
     torch.manual_seed(recipe.seed)
     model = D3T(settings).to(world.device)
     for module in model.modules():
         if isinstance(module, torch.nn.Conv3d):
-            module.to(memory_format=torch.channels_last_3d)  # the faster layout
+            module.to(memory_format=torch.channels_last_3d)  # the layout in which convolutions are faster
     if saved:
         model.load_state_dict(saved["model"])
     elif options.weights:
         load_trunk(model, options.weights)
+    if world.size > 1 and options.device == "cuda":  # a process has few clips: batch statistics over all of them
+        model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
     net = model
     if world.size > 1 and not options.eval:
-        if options.device == "cuda":  # few clips a process: batch statistics over all of them
-            net = model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
         net = DistributedDataParallel(model, device_ids=[world.device] if options.device == "cuda" else None)
     if options.compile:
         net = torch.compile(net)
 
-    matrices = [p for name, p in model.named_parameters() if p.ndim > 1 and not name.startswith(("position", "modal"))]
-    rest = [p for name, p in model.named_parameters() if p.ndim <= 1 or name.startswith(("position", "modal"))]
-    groups = [{"params": matrices, "weight_decay": recipe.weight_decay}, {"params": rest, "weight_decay": 0.0}]
+    decay, rest = [], []
+    for name, parameter in model.named_parameters():
+        matrix = parameter.ndim > 1 and not name.startswith(("position", "modal"))
+        (decay if matrix else rest).append(parameter)
+    groups = [{"params": decay, "weight_decay": recipe.weight_decay}, {"params": rest, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=recipe.lr, fused=True)
-    scaler = torch.amp.GradScaler(world.device.type, enabled=options.amp == "fp16")
+    scaler = torch.amp.GradScaler(options.device, enabled=options.amp == "fp16")
     progress = Progress()
-    if saved and not options.eval:
+    if options.resume:
         optimizer.load_state_dict(saved["optimizer"])
         if scaler.is_enabled() and saved["scaler"]:
             scaler.load_state_dict(saved["scaler"])
         progress = Progress(**saved["progress"])
-    run = Run(world, settings, recipe, options, model, net, optimizer, scaler, progress)
+
     if world.rank == 0:
         count = sum(p.numel() for p in model.parameters())
-        threads = f"{torch.get_num_threads()} threads" if options.device == "cpu" else torch.cuda.get_device_name()
-        print(
-            f"D3T {git_revision()}: {count:,} parameters, {world.size} x {options.device} ({threads}), torch {torch.__version__}"
-        )
-        print(f"{options}\n{recipe}\n{settings}", flush=True)
-    return run, source
+        where = torch.cuda.get_device_name() if options.device == "cuda" else f"CPU ({torch.get_num_threads()} threads)"
+        print(f"D3T {git_revision()}, {count:,} parameters, {world.size} x {where}, torch {torch.__version__}")
+        values = vars(options) | asdict(recipe) | asdict(settings)
+        print(textwrap.fill("  ".join(f"{name}={value}" for name, value in values.items()), 118), flush=True)
+    return Run(world, settings, recipe, options, model, net, optimizer, scaler, progress), source
 
 
 def fit(run: Run, train: data.Dataset, test: data.Dataset) -> int:
     """Train to the last epoch, with a test, a line of the log and a checkpoint after each; the exit status."""
     world, recipe, options, progress = run.world, run.recipe, run.options, run.progress
+    log = options.out / "log.jsonl"
     if world.rank == 0:
         options.out.mkdir(parents=True, exist_ok=True)
+        lines = log.read_text().splitlines(keepends=True) if options.resume and log.exists() else []
+        log.write_text("".join(lines[: progress.epoch]))  # an epoch that ended after the checkpoint is run again
         if not options.resume:
-            (options.out / "log.jsonl").unlink(missing_ok=True)
+            for name in ("last.pt", "best.pt"):
+                (options.out / name).unlink(missing_ok=True)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, run.on_signal)
+
     begin = time.time()
     while progress.epoch < recipe.epochs:
         if not train_one_epoch(run, train):
             if world.rank == 0:
-                print(f"\nstopped after step {progress.step}; go on with --resume")
+                print(f"stopped after step {progress.step}; go on with --resume")
             return 128 + run.signal if run.signal else 0
         result = evaluate(run, test)
-        steps = len(train) // recipe.batch
+        clips = len(train) // recipe.batch * recipe.batch
         line = {
             "epoch": progress.epoch + 1,
             "step": progress.step,
-            "loss": progress.loss / steps,
+            "loss": progress.loss * recipe.batch / clips,
             "lr": run.optimizer.param_groups[0]["lr"],
             **result,
             "bad": len(progress.bad),
             "seconds": round(progress.seconds, 2),
-            "clips_per_second": round(steps * recipe.batch / progress.seconds, 1),
+            "clips_per_second": round(clips / progress.seconds, 1),
         }
-        best = result["top1"] > progress.best
-        run.progress = progress = Progress(
-            progress.epoch + 1, step=progress.step, best=max(progress.best, result["top1"])
-        )
+        better = result["top1"] > progress.best
+        best = max(progress.best, result["top1"])
+        run.progress = progress = Progress(epoch=progress.epoch + 1, step=progress.step, best=best)
         if world.rank == 0:
-            with open(options.out / "log.jsonl", "a") as log:
-                log.write(json.dumps(line) + "\n")
+            with log.open("a") as file:
+                file.write(json.dumps(line) + "\n")
             print(
-                f"epoch {line['epoch']:3}  loss {line['loss']:.4f}  top-1 {result['top1']:.2%}  mean class "
-                f"{result['mean_class']:.2%} of {result['clips']} clips  {line['seconds']:.0f} s  "
-                f"{line['clips_per_second']:.0f} clips/s  {line['bad']} bad", flush=True,
+                "epoch {epoch:3}  loss {loss:.4f}  top-1 {top1:.2%}  mean class {mean_class:.2%} of {clips} clips  "
+                "{seconds:.0f} s  {clips_per_second:.0f} clips/s  {bad} bad".format(**line), flush=True,
             )  # fmt: skip
-        save_checkpoint(run, "last.pt")
-        if best:
+        if better:
             save_checkpoint(run, "best.pt")
+        save_checkpoint(run, "last.pt")
     if world.rank == 0:
         print(
-            f"best top-1 {progress.best:.2%}; {time.time() - begin:.0f} s; checkpoints and log.jsonl in {options.out}"
+            f"best top-1 {progress.best:.2%}, {time.time() - begin:.0f} s; checkpoints and log.jsonl in {options.out}"
         )
     return 0
 
@@ -575,7 +584,8 @@ def main(words: list[str] | None = None) -> int:
             print(json.dumps(result))
         return 0
     except (UsageError, data.DataError) as error:
-        print(f"train.py: {str(error).strip()}", file=sys.stderr)
+        reason = str(error).strip().split("\ndata.BadClip: ")[-1]  # a loading process wraps it in its traceback
+        print(f"train.py: {reason}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
     finally:
         if dist.is_initialized():
