@@ -1,27 +1,32 @@
 """D3T, the 3D deformable transformer: RGB video and body joints in one transformer, for action recognition.
 
 Every component of *Cross-Modal Learning with 3D Deformable Attention for Action Recognition* (Kim, Ahn, Ko, ICCV
-2023), in the order of the paper and in its symbols. Read it beside Figure 2: each class below is one of its boxes.
+2023), bottom-up and in the paper's symbols. Read it beside Figure 2: each of its boxes is a class or function below.
 
-    B     clips in the batch            F_a   trunk features for the joints      (B, C, T, H/2, W/2)
-    T     frames of a clip              F_b   trunk features for the RGB tokens  (B, D, T, h, w)
-    H, W  height and width, pixels      Z     RGB tokens                         (B, T, h*w, D)
-    h, w  token grid, H/8 and W/8       P     pose tokens                        (B, T, R, D)
-    C     width of the trunk            M     cross-modal tokens: RGB, CLS, pose (B, T, 3, D)
-    D     width of a token, 4C          Z~    tokens that 3DTS selected          (B, T~, h~, w~, D)
-    R     joints of all persons         k     kernel of 3DTS, the 3D token search
-    L     transformer blocks            p     a position in tokens, ordered t, h, w
+    B     clips in the batch            F_a   trunk features for the joints       (B, C, T, H/2, W/2)
+    T     frames of a clip              F_b   trunk features for the RGB tokens   (B, D, T, h, w)
+    H, W  height and width, pixels      Z     RGB tokens                          (B, T, h*w, D)
+    h, w  token grid, H/8 and W/8       P     pose tokens                         (B, T, R, D)
+    C     width of the trunk            M     cross-modal tokens: RGB, CLS, pose  (B, T, 3, D)
+    D     width of a token, 4C          Z_    Z~, the tokens that 3DTS selected   (B, T~, h~, w~, D)
+    R     joints of all persons         X     [Z | M_RGB | M_CLS], the queries    (B, T*(h*w + 2), D)
+    L     transformer blocks            X_    X~ = [Z~ | M_RGB | M_CLS], keys and values
+    k     kernel of 3DTS, the 3D token search; T~ = T - k + 1, h~ and w~ likewise
+    p     a position in tokens, ordered t, h, w
+    '     as in M'_CLS: the CLS token between 3D deformable attention and the fusion of both attentions' CLS
 
 All tokens keep the layout (B, T, N, D), so that joining modalities is one `cat` on dim 2.
 
 Where the paper is silent, this file decides as follows (the README says why):
   - trunk: R(2+1)D-18 without temporal strides and without layer4; F_a is layer1's output, F_b layer3's
-  - sigma is 1 pixel of F_a; pose tokens carry no embedding of their own (`pose_embedding` adds one)
+  - sigma is one cell of F_a; pose tokens carry no embedding of their own (`pose_embedding` adds one)
   - Z and P pass one LayerNorm where they are embedded; the attentions have none in front, as in Eq. (6)
   - 3DTS: a depthwise convolution of kernel k and a pointwise one; offsets are tanh(.) * (k - 1) / 2 tokens
-  - the position embedding is a temporal plus a spatial table; an FFN is four times as wide as its input
-  - a token that lies in several windows gets the mean of its copies; the last window is moved back to fit
-  - before the head, the modal tokens are averaged over T
+  - the position embedding is a temporal plus a spatial table; MSA ends in a linear layer; an FFN is 4D wide inside
+  - stride windows are of equal size and attend within themselves; a token that lies in several gets the mean of its
+    copies; the last window is moved back to fit
+  - every block has weights of its own; before the head, the modal tokens are averaged over T
+  - without modal tokens (Table 5) the head gets the mean RGB token and the mean pose token, side by side
 """
 
 from dataclasses import dataclass, field
@@ -51,7 +56,7 @@ class ResidualBlock(nn.Module):
 
     def __init__(self, inputs: int, outputs: int, stride: int):
         super().__init__()
-        middle = inputs * outputs * 27 // (inputs * 9 + outputs * 3)  # as many weights as the full 3 x 3 x 3
+        middle = inputs * outputs * 27 // (inputs * 9 + outputs * 3)  # conv1 has the weights of a full 3 x 3 x 3
         self.conv1 = nn.Sequential(
             conv2plus1d(inputs, middle, outputs, stride), nn.BatchNorm3d(outputs), nn.ReLU(inplace=True)
         )
@@ -70,7 +75,7 @@ class Trunk(nn.Module):
     """R(2+1)D-18 up to layer3: video (B, 3, T, H, W) -> F_a (B, C, T, H/2, W/2), F_b (B, 4C, T, H/8, W/8).
 
     Sizes that are not a multiple of 8 round up. At C = 64 the parameters have the names and shapes of torchvision's
-    `r2plus1d_18` (stem, layer1..3), so its weights load with one `load_state_dict`.
+    `r2plus1d_18` (stem, layer1..3), so its weights load with `load_state_dict(weights, strict=False)`.
     """
 
     def __init__(self, C: int = 64):
@@ -100,7 +105,7 @@ class Trunk(nn.Module):
 
 
 def joint_heatmaps(joints: Tensor, visible: Tensor, size: tuple[int, int], stride: int, sigma: float) -> Tensor:
-    """Eq. (2): a Gaussian around each joint, with maximum 1, on a map whose cells are `stride` pixels wide.
+    """Eq. (2): a Gaussian of height 1 around each joint, on a map of one cell every `stride` pixels.
 
     joints   (B, T, R, 2), x then y, in pixels of the input; the centre of the first pixel is 0
     visible  (B, T, R) bool; the map of a joint that is not visible or not finite is zero, whatever its coordinates
@@ -110,12 +115,14 @@ def joint_heatmaps(joints: Tensor, visible: Tensor, size: tuple[int, int], strid
     """
     seen = visible & joints.isfinite().all(-1)
     joints = torch.where(seen[..., None], joints, 0.0)
-    x, y = ((joints + 0.5) / stride - 0.5).unbind(-1)  # cell i holds the pixels i*stride .. (i+1)*stride - 1
+    # A convolution of odd kernel k, padding (k - 1)/2 and this stride centres its cell i on pixel i * stride.
+    x, y = (joints / stride).unbind(-1)
     j = torch.arange(size[0], device=joints.device)
     i = torch.arange(size[1], device=joints.device)
-    column = torch.exp(-((j - y[..., None]) ** 2) / (2 * sigma**2)) * seen[..., None]  # (B, T, R, height)
     row = torch.exp(-((i - x[..., None]) ** 2) / (2 * sigma**2))  # (B, T, R, width)
-    return column[..., :, None] * row[..., None, :]  # the exponential of a sum is a product
+    column = torch.exp(-((j - y[..., None]) ** 2) / (2 * sigma**2))  # (B, T, R, height)
+    column = column * seen[..., None]  # zero in one factor, zero in the product
+    return column[..., :, None] * row[..., None, :]  # Eq. (2): the exponential of a sum
 
 
 def joint_tokens(F_a: Tensor, joints: Tensor, visible: Tensor, sigma: float, stride: int = 2) -> Tensor:
@@ -126,16 +133,16 @@ def joint_tokens(F_a: Tensor, joints: Tensor, visible: Tensor, sigma: float, str
     with torch.autocast(F_a.device.type, enabled=False):  # positions and sums over a map need float32
         F_a = F_a.to(torch.promote_types(F_a.dtype, torch.float32))
         heatmaps = joint_heatmaps(joints.to(F_a.dtype), visible, F_a.shape[-2:], stride, sigma)
-        return torch.einsum("bcthw, btrhw -> btrc", F_a, heatmaps)
+        return torch.einsum("bcthw, btrhw -> btrc", F_a, heatmaps)  # Eq. (1)
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# Attention (Eq. 6, 7), the part that all three attention modules share
+# The attention block (Eq. 6, 7), which all three attention modules share
 # --------------------------------------------------------------------------------------------------------------------
 
 
-class Attention(nn.Module):
-    """X (B, n, D) asks, X~ (B, m, D) answers: Eq. (6), then Eq. (7) -> (B, n, D)."""
+class AttentionBlock(nn.Module):
+    """Queries X (B, n, D), keys and values X~ (B, m, D): MSA of Eq. (6), then the FFN of Eq. (7) -> (B, n, D)."""
 
     def __init__(self, D: int, heads: int):
         super().__init__()
@@ -181,9 +188,8 @@ def sample_tokens(Z: Tensor, points: Tensor) -> Tensor:
     # grid_sample has its axes in the order x, y, z and, with align_corners=False, its -1 and 1 at the outer edges of
     # the first and last cell. All points lie inside the volume: "border" only keeps rounding from mixing in zeros.
     at = torch.stack([(2 * x + 1) / w - 1, (2 * y + 1) / h - 1, (2 * t + 1) / T - 1], dim=-1)
-    with torch.autocast(Z.device.type, enabled=False):
-        volume = Z.to(points.dtype).permute(0, 4, 1, 2, 3)  # (B, D, T, h, w)
-        out = F.grid_sample(volume, at.flatten(1, -2)[:, None, None], padding_mode="border", align_corners=False)
+    volume = Z.to(points.dtype).permute(0, 4, 1, 2, 3)  # (B, D, T, h, w)
+    out = F.grid_sample(volume, at.flatten(1, -2)[:, None, None], padding_mode="border", align_corners=False)
     return out[:, :, 0, 0].transpose(1, 2).unflatten(1, points.shape[1:-1])  # (B, D, 1, 1, n) -> (B, ..., D)
 
 
@@ -205,10 +211,10 @@ class TokenSearch(nn.Module):
         self.register_buffer("reach", torch.tensor([(n - 1) / 2 for n in kernel]), persistent=False)  # (3,)
 
     def points(self, Z: Tensor) -> Tensor:
-        """p + delta p, in tokens (t, h, w): (B, T~, h~, w~, 3), never coarser than float32."""
+        """p + delta p, in tokens (t, h, w): (B, T~, h~, w~, 3), float32 also under autocast."""
         x = self.conv(Z.permute(0, 4, 1, 2, 3))  # (B, D, T~, h~, w~)
         x = F.gelu(self.norm(x.permute(0, 2, 3, 4, 1)))  # (B, T~, h~, w~, D)
-        with torch.autocast(Z.device.type, enabled=False):  # bf16 would round a position by up to a tenth of a token
+        with torch.autocast(Z.device.type, enabled=False):  # 16 bits would move a point by hundredths of a token
             offset = self.offset(x.to(self.offset.weight.dtype)).tanh() * self.reach
             return self.reference + offset
 
@@ -223,7 +229,7 @@ class DeformableAttention(nn.Module):
         super().__init__()
         self.grid = grid
         self.search = TokenSearch(D, grid, k)
-        self.attention = Attention(D, heads)
+        self.attention = AttentionBlock(D, heads)
 
     def forward(self, Z: Tensor, M: Tensor) -> tuple[Tensor, Tensor]:
         T, h, w = self.grid
@@ -231,7 +237,7 @@ class DeformableAttention(nn.Module):
         X = torch.cat([Z, M], dim=2).flatten(1, 2)  # Eq. (4): (B, T*(h*w + 2), D)
         X_ = torch.cat([Z_.flatten(1, 3), M.flatten(1, 2)], dim=1)  # Eq. (5): (B, T~*h~*w~ + 2T, D)
         X = self.attention(X, X_)  # Eq. (6), (7)
-        return X.unflatten(1, (T, -1)).split([h * w, M.shape[2]], dim=2)
+        return X.unflatten(1, (T, -1)).split([h * w, M.shape[2]], dim=2)  # Z and [M_RGB, M'_CLS]
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -254,8 +260,8 @@ def mean_of_windows(windows: Tensor, index: Tensor, dim: int, length: int) -> Te
     """The inverse of `take_windows`: each token is the mean of its copies, (B, T, N, D)."""
     copies = windows.movedim(1, dim).flatten(dim, dim + 1)  # (B, T, n*window, D) for joints
     shape = [*copies.shape[:dim], length, *copies.shape[dim + 1 :]]
-    total = copies.new_zeros(shape).index_add(dim, index.flatten(), copies)
-    count = copies.new_zeros(length).index_add(0, index.flatten(), copies.new_ones(index.numel()))
+    total = copies.new_zeros(shape).index_add_(dim, index.flatten(), copies)
+    count = copies.new_zeros(length).index_add_(0, index.flatten(), copies.new_ones(index.numel()))
     return total / count.view([length] + [1] * (total.ndim - dim - 1))
 
 
@@ -267,15 +273,15 @@ class JointStrideAttention(nn.Module):
 
     def __init__(self, D: int, heads: int, joints: int, window: int, stride: int):
         super().__init__()
-        self.attention = Attention(D, heads)
+        self.attention = AttentionBlock(D, heads)
         self.register_buffer("index", window_index(joints, window, stride), persistent=False)  # (n, window)
 
     def forward(self, P: Tensor, M: Tensor) -> tuple[Tensor, Tensor]:
-        B, T, R, D = P.shape
+        R = P.shape[2]
         n, window = self.index.shape
         X = take_windows(P, self.index, dim=2)  # (B, n, T, window, D)
         X = torch.cat([X, M[:, None].expand(-1, n, -1, -1, -1)], dim=3)  # (B, n, T, window + 2, D)
-        tokens = X.reshape(B * n, -1, D)  # (B*n, T*(window + 2), D)
+        tokens = X.flatten(2, 3).flatten(0, 1)  # (B*n, T*(window + 2), D)
         X = self.attention(tokens, tokens).view(X.shape)
         P, M = X.split([window, M.shape[2]], dim=3)
         return mean_of_windows(P, self.index, dim=2, length=R), M.mean(1)
@@ -289,7 +295,7 @@ class TemporalStrideAttention(nn.Module):
 
     def __init__(self, D: int, heads: int, frames: int, window: int, stride: int):
         super().__init__()
-        self.attention = Attention(D, heads)
+        self.attention = AttentionBlock(D, heads)
         self.register_buffer("index", window_index(frames, window, stride), persistent=False)  # (n, window)
 
     def forward(self, X: Tensor) -> Tensor:
@@ -322,7 +328,7 @@ class Settings:
     blocks: int = setting(4, "L, transformer blocks (open)")
     heads: int = setting(8, "attention heads (open)")
     kernel: int = setting(7, "k of the 3D token search, tokens")
-    sigma: float = setting(1.0, "sigma of Eq. (2), pixels of F_a (open)")
+    sigma: float = setting(1.0, "sigma of Eq. (2), cells of F_a (open)")
     joint_window: int = setting(8, "joints in a window of joint stride attention (open)")
     joint_stride: int = setting(4, "joints from one window to the next (open)")
     temporal_window: int = setting(4, "frames in a window of temporal stride attention (Fig. 7a)")
@@ -336,23 +342,25 @@ class Settings:
     def __post_init__(self):
         for name in ("classes", "joints", "frames", "height", "width", "channels", "blocks", "heads", "kernel",
                      "sigma", "joint_window", "joint_stride", "temporal_window", "temporal_stride"):  # fmt: skip
-            if getattr(self, name) <= 0:
+            if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, not {getattr(self, name)}")
         if 4 * self.channels % self.heads:
             raise ValueError(f"D = 4 * channels = {4 * self.channels} does not divide by heads = {self.heads}")
+        if self.kernel < 2:
+            raise ValueError("kernel must be at least 2: with 1 a point could not move from its token")
         if self.modal_tokens not in (0, 1, 3):
             raise ValueError(f"modal_tokens must be 3, 1 or 0 (Table 5), not {self.modal_tokens}")
         if not (self.deformable_attention or self.temporal_attention):
             raise ValueError("without deformable_attention and temporal_attention the RGB tokens reach nothing")
-        for axis, of, length, used in (("joint", "joints", self.joints, self.joint_attention),
-                                       ("temporal", "frames", self.frames, self.temporal_attention)):  # fmt: skip
+        for axis, length, used in (
+            ("joint", self.joints, self.joint_attention),
+            ("temporal", self.frames, self.temporal_attention),
+        ):
             window, stride = getattr(self, f"{axis}_window"), getattr(self, f"{axis}_stride")
             if used and window > length:
-                raise ValueError(f"{axis}_window = {window} is larger than the {length} {of}")
+                raise ValueError(f"{axis}_window = {window} is larger than the {length} there are")
             if used and stride > window:
-                raise ValueError(
-                    f"{axis}_stride = {stride} is larger than {axis}_window = {window}: gaps between windows"
-                )
+                raise ValueError(f"{axis}_stride = {stride} is larger than {axis}_window = {window} and leaves gaps")
 
     @property
     def grid(self) -> tuple[int, int, int]:
@@ -363,8 +371,13 @@ class Settings:
 class Block(nn.Module):
     """One of the L transformer blocks (Fig. 2a): Z (B, T, h*w, D), P (B, T, R, D), M (B, T, 3, D) -> the same.
 
-    M is ordered RGB, CLS, pose. 3D deformable attention takes the first two and joint stride attention the last two,
-    so with a single token (Table 5) both take that one, and with none both take none.
+    M is ordered RGB, CLS, pose. 3D deformable attention takes its first two tokens and joint stride attention its
+    last two, so that the rows of Table 5 need no branch:
+
+        modal tokens    to 3D deformable    to joint stride    fused to M_CLS
+        3 cross-modal   M_RGB, M_CLS        M'_CLS, M_pose     M'_CLS of both
+        1 single        the token           the token          the token of both
+        0 none          -                   -                  -
     """
 
     def __init__(self, s: Settings):
@@ -381,17 +394,17 @@ class Block(nn.Module):
             self.temporal = TemporalStrideAttention(D, s.heads, s.frames, s.temporal_window, s.temporal_stride)
 
     def forward(self, Z: Tensor, P: Tensor, M: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        rgb_cls, rest = M[:, :, :2], M[:, :, 2:]  # M_RGB and M_CLS; M_pose
-        if self.deformable:
+        rgb_cls, rest = M[:, :, :2], M[:, :, 2:]  # [M_RGB, M_CLS] and [M_pose]
+        if self.deformable is not None:
             Z, rgb_cls = self.deformable(Z, rgb_cls)
-        cls_pose = torch.cat([rgb_cls, rest], dim=2)[:, :, -2:]  # M'_CLS and M_pose
-        if self.joint:
+        cls_pose = torch.cat([rgb_cls, rest], dim=2)[:, :, -2:]  # [M'_CLS, M_pose]
+        if self.joint is not None:
             P, cls_pose = self.joint(P, cls_pose)
         cls = cls_pose[:, :, :1]
-        if self.fuse:  # M'_CLS of both attentions -> M_CLS
-            cls = self.fuse(torch.cat([rgb_cls[:, :, -1:], cls], dim=-1))
+        if self.fuse is not None:
+            cls = self.fuse(torch.cat([rgb_cls[:, :, -1:], cls], dim=-1))  # both M'_CLS -> M_CLS
         M = torch.cat([rgb_cls[:, :, :-1], cls, cls_pose[:, :, 1:]], dim=2)  # (B, T, 3, D)
-        if self.temporal:
+        if self.temporal is not None:
             X = self.temporal(torch.cat([Z, P, M], dim=2))
             Z, P, M = X.split([Z.shape[2], P.shape[2], M.shape[2]], dim=2)
         return Z, P, M
@@ -400,11 +413,11 @@ class Block(nn.Module):
 class D3T(nn.Module):
     """The 3D deformable transformer (Fig. 2a).
 
-    video    (B, 3, T, H, W) uint8, or float that is already normalised
+    video    (B, 3, T, H, W) uint8; a float video is taken as it is, so normalise it with `mean` and `std` before
     joints   (B, T, R, 2) float, x then y, in pixels of the video
     visible  (B, T, R) bool; the coordinates of a joint that is not visible have no effect
     returns  logits (B, classes)
-    raises   ValueError where a shape differs from the settings
+    raises   ValueError where a shape differs from the settings or visible is not bool
     """
 
     def __init__(self, settings: Settings):
@@ -419,7 +432,7 @@ class D3T(nn.Module):
         self.norm_rgb = nn.LayerNorm(D)
 
         self.has_pose = s.joint_attention or s.temporal_attention or not s.modal_tokens
-        if self.has_pose:  # Table 4, row 2: 3D deformable attention alone never looks at the joints
+        if self.has_pose:  # all but row 2 of Table 4: 3D deformable attention alone never looks at the joints
             self.embed_pose = nn.Linear(s.channels, D)
             self.norm_pose = nn.LayerNorm(D)
             self.position_p = nn.Parameter(torch.zeros(T, s.joints, D)) if s.pose_embedding else None
@@ -434,6 +447,7 @@ class D3T(nn.Module):
         self.initialize_weights()
 
     def initialize_weights(self):
+        attentions = [module for module in self.modules() if isinstance(module, AttentionBlock)]
         for module in self.modules():
             if isinstance(module, nn.Conv3d):  # as in R(2+1)D: keeps the variance of the gradient through a ReLU
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -443,13 +457,14 @@ class D3T(nn.Module):
                 nn.init.zeros_(module.bias)
         for module in self.modules():
             if isinstance(module, TokenSearch):  # the search starts at the regular grid
+                nn.init.kaiming_normal_(module.conv.weight, nonlinearity="linear")  # depthwise: its fan is k^3
                 nn.init.zeros_(module.offset.weight)
-            if isinstance(module, Attention):  # as in GPT-2: the 6L branches that add to a token start as large as one
-                for last in (module.Wo, module.ffn[2]):
-                    last.weight.data /= (6 * self.settings.blocks) ** 0.5
+        for attention in attentions:  # as in GPT-2: what all of them add to a token starts as large as one of them
+            for last in (attention.Wo, attention.ffn[2]):
+                last.weight.data /= (2 * len(attentions)) ** 0.5
         for name, parameter in self.named_parameters():
             if name.startswith(("position", "modal")):
-                nn.init.trunc_normal_(parameter, std=0.02)
+                nn.init.trunc_normal_(parameter, std=0.02)  # as in ViT [18]
 
     def forward(self, video: Tensor, joints: Tensor, visible: Tensor) -> Tensor:
         self.check(video, joints, visible)
@@ -457,14 +472,17 @@ class D3T(nn.Module):
             video = (video - self.mean) / self.std
         F_a, F_b = self.trunk(video)  # (B, C, T, H/2, W/2), (B, D, T, h, w)
 
+        # RGB modality (Sec. 3.1)
         Z = F_b.permute(0, 2, 3, 4, 1).flatten(2, 3)  # (B, T, h*w, D)
         Z = self.norm_rgb(Z + self.position_t + self.position_s)
 
+        # Pose modality (Sec. 3.1)
         P = Z[:, :, :0]  # (B, T, 0, D)
         if self.has_pose:
             P = self.embed_pose(joint_tokens(F_a, joints, visible, self.settings.sigma))  # (B, T, R, D)
             P = self.norm_pose(P if self.position_p is None else P + self.position_p)
 
+        # Cross-modal tokens (Sec. 3.2)
         M = Z[:, :, :0] if self.modal is None else self.modal.expand(len(Z), -1, -1, -1)  # (B, T, 3, D)
         for block in self.blocks:
             Z, P, M = block(Z, P, M)
@@ -482,3 +500,5 @@ class D3T(nn.Module):
         ):
             if tuple(tensor.shape) != expected:
                 raise ValueError(f"{name} has shape {tuple(tensor.shape)}, the settings ask for {expected}")
+        if visible.dtype != torch.bool:
+            raise ValueError(f"visible must be bool, not {visible.dtype}")

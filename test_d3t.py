@@ -61,8 +61,7 @@ def loop_joint_tokens(F_a, joints, visible, sigma):
     for b, t, r in np.ndindex(P.shape[:3]):
         if not visible[b, t, r]:
             continue
-        # a cell of the map is two pixels wide; the first one's centre lies between the pixels 0 and 1, at 0.5
-        x, y = (joints[b, t, r, 0] - 0.5) / 2, (joints[b, t, r, 1] - 0.5) / 2
+        x, y = joints[b, t, r] / 2  # cell i of the map is centred on pixel 2i, as a test below shows
         for j, i in np.ndindex(h, w):
             P[b, t, r] += F_a[b, :, t, j, i] * math.exp(-((i - x) ** 2 + (j - y) ** 2) / (2 * sigma**2))
     return P
@@ -250,7 +249,7 @@ def test_token_search_is_eq_3(grid, k):
 @pytest.mark.parametrize("B, n, m, heads", [(2, 5, 7, 1), (3, 4, 3, 2), (2, 1, 9, 4)])
 def test_attention_is_eq_6_and_7(B, n, m, heads):
     """A wrong scale, heads cut along the wrong axis, keys and values exchanged, a LayerNorm too many."""
-    attention, X, X_ = randomize(d3t.Attention(8, heads)), randn(B, n, 8), randn(B, m, 8)
+    attention, X, X_ = randomize(d3t.AttentionBlock(8, heads)), randn(B, n, 8), randn(B, m, 8)
     expected = [loop_attention(X[b].numpy(), X_[b].numpy(), weights(attention), heads) for b in range(B)]
     close(attention(X, X_), expected)
 
@@ -367,16 +366,24 @@ def test_no_point_starts_dead_and_none_leaves():
         )
 
 
-def test_joints_follow_the_half_pixel_rule():
-    """Coordinates divided by the stride alone: a mirrored clip would give other tokens than the clip."""
-    F_a, joints = randn(1, 3, 2, 5, 8), randn(1, 2, 4, 2).abs() * 5
-    mirrored = joints.clone()
-    mirrored[..., 0] = 16 - 1 - joints[..., 0]
-    visible = torch.ones(1, 2, 4, dtype=torch.bool)
-    close(d3t.joint_tokens(F_a, joints, visible, 1.0), d3t.joint_tokens(F_a.flip(-1), mirrored, visible, 1.0))
-    at_border = torch.tensor([[[[0.5, 2.5]]]], dtype=DOUBLE)  # between the first two pixels: the centre of cell 0
-    maps = d3t.joint_heatmaps(at_border, visible[:, :1, :1], (3, 4), 2, 1.0)
-    assert maps[0, 0, 0, 1, 0] == 1
+def test_joints_lie_on_the_cells_that_see_them():
+    """Joints placed on the map by a rule that is not the trunk's: half a pixel off at stride 2, more at a larger one.
+
+    With equal weights everywhere the gradient of a cell of F_a is its receptive field, whose centre is the cell's
+    place among the pixels; a joint there must have its Gaussian centred on that cell.
+    """
+    trunk = d3t.Trunk(4).double().eval()
+    for p in trunk.parameters():
+        torch.nn.init.constant_(p, 0.01 if p.ndim > 1 else 1.0)
+    for row, column in ((10, 13), (15, 11)):
+        video = torch.ones(1, 3, 1, 52, 60, dtype=DOUBLE, requires_grad=True)
+        trunk.layer1(trunk.stem(video))[0, :, 0, row, column].sum().backward()
+        field = video.grad.sum((0, 1, 2))
+        y = (field.sum(1) * torch.arange(52)).sum() / field.sum()
+        x = (field.sum(0) * torch.arange(60)).sum() / field.sum()
+        here = torch.ones(1, 1, 1, dtype=torch.bool)
+        heatmap = d3t.joint_heatmaps(torch.stack([x, y]).view(1, 1, 1, 2), here, (26, 30), 2, 1.0)[0, 0, 0]
+        assert heatmap.argmax() == row * 30 + column and abs(heatmap.max() - 1) < 1e-9
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -530,6 +537,7 @@ def test_trunk_keeps_every_frame():
     [
         (dict(joint_window=8), ("8", "7")), (dict(temporal_window=6), ("6", "5")), (dict(heads=3), ("8", "3")),
         (dict(joint_stride=5), ("5", "4")), (dict(modal_tokens=2), ("2",)), (dict(frames=0), ("0",)),
+        (dict(kernel=1), ("kernel", "2")), (dict(sigma=float("nan")), ("sigma", "nan")),
         (dict(deformable_attention=False, temporal_attention=False), ("deformable_attention",)),
     ],
 )  # fmt: skip
@@ -554,6 +562,8 @@ def test_inputs_that_do_not_fit():
         with pytest.raises(ValueError) as error:
             model(*bad)
         assert all(str(word) in str(error.value) for word in (name, found, expected))
+    with pytest.raises(ValueError, match="bool"):  # 2 for visible, as in COCO, would count as hidden
+        model(video, joints, 2 * visible.to(torch.uint8))
 
 
 def test_windows():
@@ -993,10 +1003,12 @@ def test_usage_errors(fit, tmp_path):
     for flags, said in (
         ("", "--resume"), ("--resume --channels 8", "channels is 4, not 8"),
         ("--resume --lr 1", "lr is 0.002, not 1"),
-        ("--overwrite --batch 0", "batch"), ("--overwrite --epochs -1", "epochs"), ("--overwrite --workers -1", "workers"),
+        ("--overwrite --batch 0", "batch"), ("--overwrite --epochs -1", "epochs"),
+        ("--overwrite --workers -1", "--workers"),
         ("--resume --out nowhere", "nowhere"), ("--overwrite --batch 7 --accumulate 2", "--batch 7"),
         ("--overwrite --temporal-window 5", "temporal_window = 5"), ("--overwrite --amp fp16", "fp16"),
         ("--resume --data pennaction", "--data synthetic"),
+       
         ("--overwrite --batch 64", "43"),
         (f"--eval {tmp_path}/gone.pt", "gone.pt"), (f"--eval {tmp_path}/noise.pt", "noise.pt"),
         (f"--eval {tmp_path}/cut.pt", "cut.pt"), (f"--eval {tmp_path}/other.pt", "lacks"),
