@@ -1002,7 +1002,7 @@ def test_usage_errors(fit, tmp_path):
     (tmp_path / "evil.pt").write_bytes(pickle.dumps(functools.partial(os.system, "touch evil")))
     for flags, said in (
         ("", "--resume"), ("--resume --channels 8", "channels is 4, not 8"),
-        ("--resume --lr 1", "lr is 0.002, not 1"),
+        ("--resume --lr 1", "lr is 0.001, not 1"),
         ("--overwrite --batch 0", "batch"), ("--overwrite --epochs -1", "epochs"),
         ("--overwrite --workers -1", "--workers"),
         ("--resume --out nowhere", "nowhere"), ("--overwrite --batch 7 --accumulate 2", "--batch 7"),

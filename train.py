@@ -65,7 +65,7 @@ PRESETS = {  # what differs from the paper's
         frames=8, height=96, width=96, channels=16, blocks=2, heads=2, batch=16, lr=1.5e-3, epochs=24, warmup=2.0
     ),
     "tiny": dict(
-        frames=6, height=32, width=32, channels=16, blocks=1, heads=4, kernel=3, batch=16, lr=2e-3, epochs=4, warmup=0.5
+        frames=6, height=32, width=32, channels=16, blocks=1, heads=4, kernel=3, batch=16, lr=1e-3, epochs=4, warmup=0.5
     ),
 }
 MAY_CHANGE = {"batch", "accumulate"}  # between the parts of a run that is resumed
