@@ -104,9 +104,8 @@ class Dataset(torch.utils.data.Dataset):
         scale = RESIZE * max(H / clip.size[0], W / clip.size[1])
         h, w = (round(side * scale) for side in clip.size)
         video = self.source.read(clip, frames, (h, w))  # (T, h, w, 3)
-        joints = (clip.joints[frames] + 0.5) * np.float32(
-            [w / clip.size[1], h / clip.size[0]]
-        ) - 0.5  # pixel edges scale
+        stretch = np.float32([w / clip.size[1], h / clip.size[0]])
+        joints = (clip.joints[frames] + 0.5) * stretch - 0.5  # what scales is the edge of a pixel, not its centre
         visible = clip.visible[frames]
 
         top, left = (rng.integers(h - H + 1), rng.integers(w - W + 1)) if self.train else ((h - H) // 2, (w - W) // 2)

@@ -681,13 +681,20 @@ def test_one_frame_of_each_segment():
 
 
 def test_synthetic_clips_need_both_modalities():
-    """A label that the pixels or the order of the figures give away: then hidden joints would not hurt."""
+    """A label that the pixels, the order of the figures or the joints give away: then there is nothing to fuse."""
+    swing = np.linspace(0, 1, 9)
+    torsos = [data.pose(action, swing, side)[:, data.TORSO] for action in range(4) for side in (0, 1)]
+    assert all((torso == torsos[0]).all() for torso in torsos)  # the annotated joints are the same in every action
+    others = [j for j in range(13) if j not in data.TORSO]
+    limbs = [data.pose(action, swing, 0)[:, others] for action in range(4)]
+    assert all(np.abs(a - b).max() > 0.1 for a, b in itertools.combinations(limbs, 2))  # the others are not
+
     source = data.synthetic(train=400, test=2)
     actions, sides = [], []
     for clip in source.clips["train"]:
-        figures = clip.media[0]
-        actor = [np.allclose(np.float32(figure), clip.joints) for figure in figures]
+        actor = [np.allclose(np.float32(figure), clip.joints) for figure in clip.media[0]]
         assert sum(actor) == 1  # the joints follow one of two figures
+        assert not clip.visible[:, others].any() and 0.8 < clip.visible[:, data.TORSO].mean() <= 1
         sides.append(actor[1])
         actions.append(clip.label)
     assert 0.4 < np.mean(sides) < 0.6
