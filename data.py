@@ -1,4 +1,5 @@
-"""Clips for D3T: a synthetic set that is drawn on the fly, and Penn Action.
+"""Clips for D3T: a synthetic set that is drawn on the fly, Penn Action, NTU RGB+D 60 and 120, FineGYM, and any pickle
+in the form of pyskl with its videos.
 
 `Dataset` samples frames, resizes, crops and flips, for every source alike. An item is a dict:
 
@@ -14,10 +15,14 @@ A source is a function that returns a `Source`: its clips with their joints, and
 """
 
 import argparse
+import functools
 import importlib
+import os
+import pickle
+import re
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,10 +45,15 @@ class BadClip(DataError):
 class Clip:
     name: str
     label: int
-    joints: np.ndarray  # (n, R, 2) float32, x then y, in pixels of the full frame, first pixel centre (0, 0)
-    visible: np.ndarray  # (n, R) bool
+    joints: np.ndarray | None  # (n, R, 2) float32, x then y, in pixels of the full frame, first pixel centre (0, 0)
+    visible: np.ndarray | None  # (n, R) bool; None until the source's `annotate` has read the joints
     size: tuple[int, int]  # height and width of the frames that the joints refer to
     media: Any  # what the source's `read` needs to find the frames
+
+
+def annotated(clip: Clip) -> Clip:
+    """The `annotate` of a source that has its joints in memory."""
+    return clip
 
 
 @dataclass
@@ -53,8 +63,10 @@ class Source:
     flip_pairs: list[tuple[int, int]]  # joints that trade places in a mirror
     edges: list[tuple[int, int]]  # joints to connect in a drawing
     read: Callable[[Clip, np.ndarray, tuple[int, int]], np.ndarray]  # clip, frames, size -> uint8 (T, h, w, 3)
+    annotate: Callable[[Clip], Clip] = annotated  # a clip with its joints, one row for each frame of its video
     clips: dict[str, list[Clip]] = field(default_factory=lambda: {"train": [], "test": []})
     problems: list[str] = field(default_factory=list)  # "FILE: reason" of what the source could not index
+    missing: list[str] = field(default_factory=list)  # clips that lack their video or their joints, and are left out
 
 
 class Dataset(torch.utils.data.Dataset):
@@ -97,6 +109,7 @@ class Dataset(torch.utils.data.Dataset):
                 index = (index + 1) % len(self)
 
     def load(self, clip: Clip, rng: np.random.Generator) -> dict:
+        clip = self.source.annotate(clip)
         T, (H, W), n = self.frames, self.crop, len(clip.joints)
         within = rng.random(T) if self.train else 0.5
         frames = ((np.arange(T) + within) * n / T).astype(int)  # one of each segment; repeats some where n < T
@@ -241,14 +254,12 @@ def draw(clip: Clip, frames: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     scale = np.float32([size[1], size[0]]) / SYNTHETIC_SIZE
     y, x = np.mgrid[: size[0], : size[1]].astype(np.float32)
     # the wall: 5 x 5 colours, of which a frame shows 2.5 x 2.5, bilinear between them
-    origin = 0.6 + drift * frames[:, None] / 16  # (T, 2)
+    corner = 0.6 + drift * frames[:, None] / 16  # (T, 2)
     across, down = (
-        np.maximum(
-            0, 1 - abs(origin[:, k, None] + 2.5 * np.arange(size[1 - k]) / size[1 - k] - np.arange(5)[:, None, None])
-        )
-        for k in (0, 1)
-    )  # weight of each wall colour, (5, T, w) and (5, T, h)
-    video = np.einsum("jth, itw, jic -> thwc", down, across, wall, optimize=True).astype(np.float32)
+        np.maximum(0, 1 - abs(start[:, None, None] + 2.5 * np.arange(n)[:, None] / n - np.arange(5)))  # (T, n, 5)
+        for start, n in zip(corner.T, size[::-1])
+    )
+    video = np.einsum("thj, twi, jic -> thwc", down, across, wall, optimize=True).astype(np.float32)
     start, end = np.array(PENN_EDGES).T
     for figure, colour in zip(figures, colours):
         points = ((figure[frames].astype(np.float32) + 0.5) * scale - 0.5)[..., None, None]  # (T, 13, 2, 1, 1)
@@ -276,10 +287,11 @@ PENN_SPELLINGS = {  # the archive's README and its label files disagree on six n
 }  # fmt: skip
 
 
-def penn_action(root: Path) -> Source:
+def penn_action(roots: list[Path]) -> Source:
     """ROOT/labels/0001.mat .. 2326.mat and ROOT/frames/0001/000001.jpg ..; the split is the labels' `train` field."""
     loadmat = need("scipy.io", "scipy", "to read the labels of Penn Action").loadmat
     need("PIL.Image", "pillow", "to read the frames of Penn Action")
+    root = roots[0]
     labels = sorted((root / "labels").glob("*.mat"))
     if not labels or not (root / "frames").is_dir():
         raise DataError(
@@ -327,7 +339,7 @@ def read_jpegs(clip: Clip, frames: np.ndarray, size: tuple[int, int]) -> np.ndar
     """Frames FOLDER/000001.jpg .. of a clip, scaled to `size` (height, width)."""
     from PIL import Image
 
-    video = np.empty((len(frames), *size, 3), np.uint8)
+    video, errors = np.empty((len(frames), *size, 3), np.uint8), []
     for t, frame in enumerate(frames):
         path = clip.media / f"{frame + 1:06d}.jpg"
         try:
@@ -335,52 +347,423 @@ def read_jpegs(clip: Clip, frames: np.ndarray, size: tuple[int, int]) -> np.ndar
                 image.draft("RGB", size[::-1])  # lets the decoder drop the detail that scaling would drop
                 video[t] = image.convert("RGB").resize(size[::-1], Image.Resampling.BILINEAR)
         except Exception as error:  # pillow raises many kinds on a damaged file
-            raise BadClip(f"{path}: {error}") from None
+            errors.append(f"{path}: {error}")
+    if errors:
+        raise BadClip("; ".join(errors))
     return video
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Video files
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def find_files(roots: list[Path], endings: tuple[str, ...], name=lambda stem: stem) -> dict[str, Path]:
+    """Files below the roots by `name(stem)`, whatever folders they are in."""
+    found = {}
+    for root in roots:
+        for folder, _, files in os.walk(root):
+            for file in sorted(files):
+                if file.lower().endswith(endings):
+                    path = Path(folder, file)
+                    found.setdefault(name(path.stem), path)
+    return found
+
+
+VIDEOS = (".avi", ".mp4", ".mkv", ".webm", ".mov")
+
+
+def video_length(path: Path) -> int:
+    """Frames of a video by its header, 0 if that does not say."""
+    import av
+
+    try:
+        with av.open(str(path)) as container:
+            return container.streams.video[0].frames
+    except Exception as error:  # av raises many kinds on a damaged file
+        raise BadClip(f"{path}: {error}") from None
+
+
+def read_video(path: Path, frames: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Frames of a video by number, scaled to `size` (height, width) -> uint8 (T, h, w, 3).
+
+    Frames are counted as the decoder puts them out, from the first: NTU's AVI files have one key frame and wrong time
+    stamps, so seeking gains nothing and time stamps name the wrong frame. Only the frames asked for are converted,
+    and scaled while they are. A file that breaks off gives the frames before the break.
+    """
+    import av
+
+    wanted, pictures, count, reason = set(frames.tolist()), {}, 0, "it has no more"
+    try:
+        with av.open(str(path)) as container:
+            stream = container.streams.video[0]
+            stream.thread_type, stream.codec_context.thread_count = "NONE", 1  # each loading process is a thread
+            for picture in container.decode(stream):
+                if count in wanted:
+                    picture = picture.reformat(size[1], size[0], "rgb24", interpolation="BILINEAR")
+                    pictures[count] = picture.to_ndarray()
+                count += 1
+                if len(pictures) == len(wanted):
+                    break
+    except Exception as error:  # av raises many kinds on a damaged file
+        reason = str(error)
+    if len(pictures) < len(wanted):
+        raise BadClip(f"{path}: frame {min(wanted - pictures.keys())} of {count} readable ones was asked for: {reason}")
+    return np.stack([pictures[frame] for frame in frames.tolist()])
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# NTU RGB+D 60 and 120 (Shahroudy et al., CVPR 2016; Liu et al., TPAMI 2019)
+# --------------------------------------------------------------------------------------------------------------------
+
+NTU_NAME = re.compile(r"S(\d{3})C(\d{3})P(\d{3})R(\d{3})A(\d{3})")
+NTU_SIZE = (1080, 1920)  # of the colour camera, in whose pixels the skeleton files give the joints
+NTU_JOINTS = [
+    "spine base", "spine middle", "neck", "head", "left shoulder", "left elbow", "left wrist", "left hand",
+    "right shoulder", "right elbow", "right wrist", "right hand", "left hip", "left knee", "left ankle", "left foot",
+    "right hip", "right knee", "right ankle", "right foot", "spine top", "left hand tip", "left thumb",
+    "right hand tip", "right thumb",
+]  # fmt: skip
+NTU_PAIRS = [(4, 8), (5, 9), (6, 10), (7, 11), (12, 16), (13, 17), (14, 18), (15, 19), (21, 23), (22, 24)]
+NTU_EDGES = [
+    (0, 1), (1, 20), (2, 20), (3, 2), (4, 20), (5, 4), (6, 5), (7, 6), (8, 20), (9, 8), (10, 9), (11, 10), (12, 0),
+    (13, 12), (14, 13), (15, 14), (16, 0), (17, 16), (18, 17), (19, 18), (21, 7), (22, 7), (23, 11), (24, 11),
+]  # fmt: skip
+NTU60_TRAIN = {1, 2, 4, 5, 8, 9, 13, 14, 15, 16, 17, 18, 19, 25, 27, 28, 31, 34, 35, 38}  # performers of XSub
+NTU120_TRAIN = NTU60_TRAIN | {
+    45, 46, 47, 49, 50, 52, 53, 54, 55, 56, 57, 58, 59, 70, 74, 78, 80, 81, 82, 83, 84, 85, 86, 89, 91, 92, 93, 94,
+    95, 97, 98, 100, 103,
+}  # fmt: skip
+NTU_PROTOCOLS = {  # actions, whether (setup, camera, performer) trains, samples to expect with and without the lists
+    "ntu60-xsub": (60, lambda s, c, p: p in NTU60_TRAIN, "40,091 and 16,487", "40,320 and 16,560"),
+    "ntu60-xview": (60, lambda s, c, p: c != 1, "37,646 and 18,932", "37,920 and 18,960"),
+    "ntu120-xsub": (120, lambda s, c, p: p in NTU120_TRAIN, "63,026 and 50,919", "63,360 and 51,120"),
+    "ntu120-xset": (120, lambda s, c, p: s % 2 == 0, "54,468 and 59,477", "54,720 and 59,760"),
+}
+NTU_LISTS = "NTU_RGBD_samples_with_missing_skeletons.txt", "NTU_RGBD120_samples_with_missing_skeletons.txt"
+
+
+def ntu_split(name: str, protocol: str) -> str | None:
+    """ "train" or "test" for a sample such as S001C001P001R001A001; None if it is not of that data set."""
+    setup, camera, performer, _, action = map(int, NTU_NAME.fullmatch(name).groups())
+    actions, trains = NTU_PROTOCOLS[protocol][:2]
+    if action > actions:
+        return None
+    return "train" if trains(setup, camera, performer) else "test"
+
+
+def ntu(roots: list[Path], protocol: str) -> Source:
+    """*.skeleton and *_rgb.avi (or .mp4, with or without _rgb) anywhere below the roots; two persons, R = 50."""
+    need("av", "av", "to read the videos of NTU RGB+D")
+
+    def sample(stem):
+        return stem.removesuffix("_rgb")
+
+    skeletons, videos = find_files(roots, (".skeleton",)), find_files(roots, VIDEOS, sample)
+    videos = {name: path for name, path in videos.items() if NTU_NAME.fullmatch(name)}
+    if not skeletons or not videos:
+        raise DataError(
+            f"no NTU RGB+D in {', '.join(map(str, roots))}: found {len(skeletons)} files like S001C001P001R001A001.skeleton "
+            f"and {len(videos)} like S001C001P001R001A001_rgb.avi. Ask for the data set at rose1.ntu.edu.sg/dataset/actionRecognition, "
+            "unpack it, and pass its folders as --root DIR ..."
+        )
+    lists = [path for file in NTU_LISTS for path in find_files([r for r in roots], (file.lower(),)).values()]
+    excluded = {m.group() for path in lists for m in NTU_NAME.finditer(path.read_text(errors="replace"))}
+    if not lists:
+        _, _, without, everything = NTU_PROTOCOLS[protocol]
+        print(
+            f"warning: no {NTU_LISTS[0]} below the roots: samples with missing skeletons stay in. The whole data set then "
+            f"has {everything} training and test samples, and {without} without them",
+            file=sys.stderr,
+        )
+    source = Source(
+        [str(a) for a in range(1, NTU_PROTOCOLS[protocol][0] + 1)],
+        [f"{joint} {person}" for person in (1, 2) for joint in NTU_JOINTS],
+        [(a + p, b + p) for p in (0, 25) for a, b in NTU_PAIRS],
+        [(a + p, b + p) for p in (0, 25) for a, b in NTU_EDGES],
+        read_media,
+        ntu_annotate,
+    )
+    for name in sorted(name for name in skeletons.keys() | videos.keys() if NTU_NAME.fullmatch(name)):
+        split = ntu_split(name, protocol)
+        if name in excluded or split is None:
+            continue
+        if name not in skeletons or name not in videos:
+            source.missing.append(f"{name} has no {'skeleton' if name in videos else 'video'}")
+            continue
+        media = videos[name], skeletons[name]
+        source.clips[split].append(Clip(name, int(name[-3:]) - 1, None, None, NTU_SIZE, media))
+    return source
+
+
+def read_media(clip: Clip, frames: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    return read_video(clip.media[0], frames, size)
+
+
+def ntu_annotate(clip: Clip) -> Clip:
+    """A clip with the joints of its skeleton file, as long as the shorter of video and skeleton."""
+    video, path = clip.media
+    try:
+        joints, visible = two_persons(*parse_skeleton(path.read_bytes()))
+    except (OSError, ValueError, IndexError, OverflowError, MemoryError) as error:
+        raise BadClip(f"{path}: {str(error) or 'it breaks off'}") from None
+    n = min(len(joints), video_length(video) or len(joints))
+    if not n:
+        raise BadClip(f"{path}: no frames")
+    return replace(clip, joints=joints[:n], visible=visible[:n])
+
+
+def parse_skeleton(text: bytes) -> tuple[int, np.ndarray, np.ndarray, np.ndarray]:
+    """A .skeleton file: frames, and of its m bodies the frame (m,), the id (m,) and the fields (m, 25, 12).
+
+    Ids lie near 2^56, where a float would make one of two persons: they are read as integers. The fields of a joint
+    are x y z, depth x y, colour x y, a quaternion and the tracking state.
+    """
+    lines = text.split(b"\n")
+    frames, at = int(lines[0]), 1
+    when, ids, rows = [], [], []
+    for frame in range(frames):
+        bodies, at = int(lines[at]), at + 1
+        for _ in range(bodies):
+            if int(lines[at + 1]) != 25:
+                raise ValueError(f"line {at + 2}: {int(lines[at + 1])} joints, expected 25")
+            when.append(frame)
+            ids.append(int(lines[at].split(None, 1)[0]))
+            rows += lines[at + 2 : at + 27]
+            at += 27
+    fields = np.fromstring(b" ".join(rows), sep=" ") if rows else np.empty(0)
+    if fields.size != len(ids) * 25 * 12:
+        raise ValueError(f"{fields.size} numbers for {len(ids)} bodies, expected 25 x 12 each")
+    return frames, np.array(when, int), np.array(ids, np.int64), fields.reshape(-1, 25, 12)
+
+
+def two_persons(frames: int, when: np.ndarray, ids: np.ndarray, fields: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Joints (frames, 50, 2) and visibility of the two persons who move most; frames without a body keep their place.
+
+    A person is a chain of ids: where one ends and another begins within a metre, the Kinect has renamed the person.
+    Its ghosts (chairs, tables) are told by their shape, wider than high, or are seen for at most 11 frames; they are
+    left out as long as somebody else is there.
+    """
+    place = np.nan_to_num(fields[..., :3], posinf=0, neginf=0)  # metres
+    centre = place.mean(1)
+    persons = []  # each a list of body numbers, in the order of the frames
+    first = {body: rows for body in dict.fromkeys(ids.tolist()) if len(rows := np.flatnonzero(ids == body))}
+    for rows in first.values():
+        rows = rows[np.unique(when[rows], return_index=True)[1]]  # an id twice in a frame: the first
+        ended = [p for p in persons if when[p[-1]] < when[rows[0]]]
+        distance = [np.linalg.norm(centre[p[-1]] - centre[rows[0]]) for p in ended]
+        if distance and min(distance) < 1:
+            ended[int(np.argmin(distance))].extend(rows)
+        else:
+            persons.append(list(rows))
+
+    def real(rows):
+        spread = np.ptp(place[rows], axis=1)  # (frames, 3)
+        return len(rows) > 11 and np.mean(spread[:, 0] > 0.8 * spread[:, 1]) < 0.7
+
+    persons = [rows for rows in persons if real(rows)] or persons
+    persons.sort(key=lambda rows: -place[rows].var(0).sum())  # stable: ties in order of appearance
+    joints, visible = np.zeros((frames, 50, 2), np.float32), np.zeros((frames, 50), bool)
+    for slot, rows in enumerate(persons[:2]):
+        colour = fields[rows][..., 5:7]
+        with np.errstate(over="ignore"):
+            joints[when[rows], 25 * slot : 25 * slot + 25] = colour
+        inside = (colour >= 0) & (colour < NTU_SIZE[::-1]) & (fields[rows][..., 11:] > 0)  # false for NaN
+        visible[when[rows], 25 * slot : 25 * slot + 25] = inside.all(-1) & colour.any(-1)
+    return joints, visible
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Pickles in the form of pyskl, FineGYM's among them (Duan et al., CVPR 2022; Shao et al., CVPR 2020)
+# --------------------------------------------------------------------------------------------------------------------
+
+COCO_JOINTS = [
+    "nose", "left eye", "right eye", "left ear", "right ear", "left shoulder", "right shoulder", "left elbow",
+    "right elbow", "left wrist", "right wrist", "left hip", "right hip", "left knee", "right knee", "left ankle",
+    "right ankle",
+]  # fmt: skip
+COCO_PAIRS = [(i, i + 1) for i in range(1, 17, 2)]
+COCO_EDGES = [
+    (15, 13), (13, 11), (16, 14), (14, 12), (11, 5), (12, 6), (9, 7), (7, 5), (10, 8), (8, 6), (5, 0), (6, 0), (1, 0),
+    (3, 1), (2, 0), (4, 2),
+]  # fmt: skip
+
+
+class ArrayUnpickler(pickle.Unpickler):
+    """Reads plain containers, numbers, strings and numpy arrays, and refuses all else: a pickle can run any code."""
+
+    def find_class(self, module: str, name: str):
+        if (module, name) == ("_codecs", "encode"):  # how protocol 2 writes bytes
+            return lambda text, _: text.encode("latin1")
+        core = module.replace("numpy._core", "numpy.core")  # numpy 2 and numpy 1
+        if (core, name) in {
+            ("numpy", "ndarray"), ("numpy", "dtype"), ("numpy.core.multiarray", "_reconstruct"),
+            ("numpy.core.multiarray", "scalar"), ("numpy.core.numeric", "_frombuffer"), ("collections", "OrderedDict"),
+        }:  # fmt: skip
+            here = "numpy._core" if hasattr(np, "_core") else "numpy.core"
+            return super().find_class(core.replace("numpy.core", here), name)
+        raise pickle.UnpicklingError(f"it wants {module}.{name}, which no data set needs")
+
+
+def clip_key(name: str) -> str:
+    """A name that is the same with and without suffixes such as `_rgb`, `.mp4`, and FineGYM's `_E_` and `_A_`."""
+    name = re.sub(r"\.(avi|mp4|mkv|webm|mov)$", "", name)
+    return re.sub(r"_[EA]_", "_", name.removesuffix("_rgb"))
+
+
+def pyskl(roots: list[Path], annotations: list[Path], splits: tuple[str, str] = ("train", "val")) -> Source:
+    """Pickles {split, annotations}, or two plain lists for train and test, and videos named by frame_dir below the roots."""
+    need("av", "av", "to read the videos of this data set")
+    videos = find_files(roots, VIDEOS, clip_key)
+    entries = {"train": [], "test": []}
+    for path, only in zip(annotations, ("train", "test")):
+        try:
+            with path.open("rb") as file:
+                content = ArrayUnpickler(file).load()
+            if isinstance(content, list):
+                entries[only] = content
+                continue
+            names = {name: set(map(str, content["split"][split])) for name, split in zip(entries, splits)}
+            for name, chosen in names.items():
+                entries[name] = [e for e in content["annotations"] if frame_dir(e) in chosen]
+        except FileNotFoundError:
+            raise DataError(f"no annotations at {path}: expected a pickle in the form of pyskl") from None
+        except KeyError as error:
+            known = list(content["split"]) if isinstance(content, dict) and "split" in content else []
+            raise DataError(f"{path}: no {error} in it; its splits are {known}") from None
+        except Exception as error:  # a damaged pickle can raise anything
+            raise DataError(f"{path}: {error}") from None
+    if not videos:
+        raise DataError(
+            f"no videos in {', '.join(map(str, roots))}: looked for NAME.mp4 with the names in {annotations[0]}"
+        )
+    source, persons, labels = Source([], [], [], [], read_media, pyskl_annotate), 1, 0
+    for split, listed in entries.items():
+        for entry in listed:
+            name = frame_dir(entry)
+            try:
+                clip = pyskl_clip(name, entry)
+            except Exception as error:
+                source.problems.append(f"{name}: {type(error).__name__}: {error}")
+                continue
+            labels, persons = max(labels, clip.label + 1), max(persons, clip.joints.shape[1] // 17)
+            if clip_key(name) in videos:
+                source.clips[split].append(replace(clip, media=(videos[clip_key(name)],)))
+            else:
+                source.missing.append(f"{name} has no video")
+    source.classes = [str(label) for label in range(labels)]
+    for p in range(persons):
+        source.joint_names += [f"{joint} {p + 1}" if persons > 1 else joint for joint in COCO_JOINTS]
+        source.flip_pairs += [(a + 17 * p, b + 17 * p) for a, b in COCO_PAIRS]
+        source.edges += [(a + 17 * p, b + 17 * p) for a, b in COCO_EDGES]
+    for clip in source.clips["train"] + source.clips["test"]:  # as many joints in every clip
+        absent = 17 * persons - clip.joints.shape[1]
+        clip.joints = np.pad(clip.joints, ((0, 0), (0, absent), (0, 0)))
+        clip.visible = np.pad(clip.visible, ((0, 0), (0, absent)))
+    return source
+
+
+def frame_dir(entry: dict) -> str:
+    return str(entry["filename"] if "filename" in entry else entry["frame_dir"])
+
+
+def pyskl_clip(name: str, entry: dict) -> Clip:
+    """A clip of `keypoint` (M, n, 17, 2), `keypoint_score` (M, n, 17), `label` and `img_shape`; up to two persons."""
+    keypoint = np.asarray(entry["keypoint"])[:2].astype(np.float32)  # float16 in the files, which scales badly
+    if keypoint.ndim != 4 or keypoint.shape[2:] != (17, 2) or not keypoint.shape[0] * keypoint.shape[1]:
+        raise ValueError(f"keypoint has shape {keypoint.shape}, expected (persons, frames, 17, 2)")
+    score = np.asarray(entry.get("keypoint_score", np.ones(keypoint.shape[:3])))[:2].astype(np.float32)
+    if score.shape != keypoint.shape[:3]:
+        raise ValueError(f"keypoint_score has shape {score.shape}, keypoint {keypoint.shape}")
+    label, size = int(entry["label"]), tuple(int(side) for side in entry["img_shape"])
+    if label < 0 or len(size) != 2 or min(size) < 1:
+        raise ValueError(f"label {label}, img_shape {size}")
+    visible = np.isfinite(keypoint).all(-1) & (score > 0) & keypoint.any(-1)  # (0, 0) is nobody
+    joints = keypoint.transpose(1, 0, 2, 3).reshape(keypoint.shape[1], -1, 2)  # (n, M*17, 2)
+    return Clip(name, label, joints, visible.transpose(1, 0, 2).reshape(len(joints), -1), size, None)
+
+
+def pyskl_annotate(clip: Clip) -> Clip:
+    """A clip with one row of joints for each frame of its video: the cut of a video may have more or fewer."""
+    have = len(clip.joints)
+    n = video_length(clip.media[0]) or have
+    row = np.round(np.arange(n) * (have - 1) / max(1, n - 1)).astype(int)
+    return replace(clip, joints=clip.joints[row], visible=clip.visible[row])
+
+
+def finegym(roots: list[Path]) -> Source:
+    """ROOT/gym_hrnet.pkl (or gym_2d.pkl) of pyskl and the videos ROOT/subactions/NAME.mp4."""
+    for file in ("gym_hrnet.pkl", "gym_2d.pkl"):
+        if (roots[0] / file).exists():
+            return pyskl(roots, [roots[0] / file])
+    raise DataError(f"no FineGYM in {roots[0]}: looked for {roots[0]}/gym_hrnet.pkl and {roots[0]}/subactions/*.mp4")
 
 
 # --------------------------------------------------------------------------------------------------------------------
 # All data sets
 # --------------------------------------------------------------------------------------------------------------------
 
-SOURCES = {"synthetic": (synthetic, None), "pennaction": (penn_action, "datasets/Penn_Action")}  # and where to look
+NTU_ROOTS = ["datasets/nturgb+d_rgb", "datasets/nturgb+d_skeletons"]
+SOURCES = {  # and where to look
+    "synthetic": (synthetic, []),
+    "pennaction": (penn_action, ["datasets/Penn_Action"]),
+    **{name: (functools.partial(ntu, protocol=name), NTU_ROOTS) for name in NTU_PROTOCOLS},
+    "finegym": (finegym, ["datasets/gym"]),
+    "pyskl": (pyskl, ["datasets/videos"]),
+}
 
 
-def load(name: str, root: str | None = None) -> Source:
-    """The source of a data set, indexed. `root` defaults to the folder in `SOURCES`; DataError if it is not there."""
-    function, default = SOURCES[name]
-    return function(Path(root or default)) if default else function()
+def add_flags(parser) -> None:
+    """The flags that name a data set."""
+    parser.add_argument("--data", choices=SOURCES, default="synthetic", help="data set [synthetic]")
+    parser.add_argument(
+        "--root", nargs="+", type=Path, metavar="DIR", help="its folders [datasets/NAME OF THE ARCHIVE]"
+    )
+    text = "pyskl: the pickle, or two lists for train and test"
+    parser.add_argument("--annotations", nargs="+", type=Path, metavar="PKL", help=text)
+    parser.add_argument("--split-train", default="train", metavar="KEY", help="pyskl: the split to train on [train]")
+    parser.add_argument("--split-val", default="val", metavar="KEY", help="pyskl: the split to test on [val]")
 
 
-class Frames(torch.utils.data.Dataset):
-    """Every frame of every clip, read one by one: item i is the list of problems of clip i."""
+def load(options: argparse.Namespace) -> Source:
+    """The data set that the flags name, indexed; DataError if it is not there."""
+    function, roots = SOURCES[options.data]
+    roots = options.root or [Path(root) for root in roots]
+    if options.data == "pyskl":
+        if not options.annotations:
+            raise DataError("--data pyskl needs --annotations PKL")
+        return function(roots, options.annotations, (options.split_train, options.split_val))
+    return function(roots) if roots else function()
 
-    def __init__(self, source: Source, clips: list[Clip]):
-        self.source, self.clips = source, clips
+
+class Check(torch.utils.data.Dataset):
+    """Every frame of every clip: item i is frames, visible joints, all joints and problem of clip i."""
+
+    def __init__(self, source: Source):
+        self.source, self.clips = source, source.clips["train"] + source.clips["test"]
 
     def __len__(self):
         return len(self.clips)
 
     def __getitem__(self, index):
-        clip, problems = self.clips[index], []
-        for frame in range(len(clip.joints)):
-            try:
-                self.source.read(clip, np.array([frame]), clip.size)
-            except BadClip as error:
-                problems.append(str(error))
-        return problems
+        clip, problem = self.clips[index], ""
+        try:
+            clip = self.source.annotate(clip)
+            self.source.read(clip, np.arange(len(clip.joints)), (64, 64))
+        except BadClip as error:
+            problem = str(error)
+        if clip.joints is None:
+            return 0, 0, 0, problem
+        return len(clip.joints), int(clip.visible.sum()), clip.visible.size, problem
 
 
 def main():
     parser = argparse.ArgumentParser(description="Check a data set: counts, frames, visible joints, every problem.")
-    parser.add_argument("--data", choices=SOURCES, default="synthetic")
-    parser.add_argument(
-        "--root", help="its folder; the default is " + ", ".join(f"{r} for {n}" for n, (_, r) in SOURCES.items() if r)
-    )
-    parser.add_argument("--workers", type=int, default=2, help="processes that read frames (default: 2)")
-    args = parser.parse_args()
+    add_flags(parser)
+    parser.add_argument("--workers", type=int, default=2, metavar="N", help="processes that read frames [2]")
+    options = parser.parse_args()
     try:
-        source = load(args.data, args.root)
+        source = load(options)
     except DataError as error:
         sys.exit(f"data.py: {error}")
 
@@ -389,19 +772,21 @@ def main():
         train, test = (sum(clip.label == label for clip in source.clips[split]) for split in ("train", "test"))
         print(f"{name:24}{train:8}{test:8}")
     print(f"{'all':24}{len(source.clips['train']):8}{len(source.clips['test']):8}")
-    clips = source.clips["train"] + source.clips["test"]
-    frames = sum(len(clip.joints) for clip in clips)
-    seen = sum(clip.visible.sum() for clip in clips) / max(1, sum(clip.visible.size for clip in clips))
-    print(f"{frames} frames, {len(source.joint_names)} joints, {seen:.1%} of them visible")
-    unseen = [clip.name for clip in clips if not clip.visible.any()]
+
+    check = Check(source)
+    loader = torch.utils.data.DataLoader(check, batch_size=None, num_workers=options.workers)
+    frames = seen = joints = 0
+    unseen, problems = [], source.problems
+    for clip, (n, visible, total, problem) in zip(check.clips, tqdm(loader, desc="reading", unit="clip", disable=None)):
+        frames, seen, joints = frames + n, seen + visible, joints + total
+        if n and not visible:
+            unseen.append(clip.name)
+        if problem:
+            problems.append(problem)
+    print(f"{frames} frames, {len(source.joint_names)} joints, {seen / max(1, joints):.1%} of them visible")
     if unseen:
         print(f"without a visible joint: {', '.join(unseen)}")
-
-    problems = source.problems
-    loader = torch.utils.data.DataLoader(Frames(source, clips), batch_size=None, num_workers=args.workers)
-    for found in tqdm(loader, desc="reading frames", unit="clip"):
-        problems += found
-    print(*problems, f"{len(problems)} problems", sep="\n")
+    print(*source.missing, *problems, f"{len(source.missing)} left out, {len(problems)} problems", sep="\n")
     sys.exit(bool(problems))
 
 

@@ -738,7 +738,7 @@ def penn(tmp_path):
 
 def test_penn_action(penn):
     """Unsigned coordinates that wrap, one-based pixels, placeholder joints seen, spellings, the official split."""
-    source = data.load("pennaction", penn)
+    source = data.penn_action([penn])
     assert not source.problems and source.classes == sorted(source.classes) and len(source.classes) == 15
     assert [len(source.clips[split]) for split in ("train", "test")] == [60, 60]
     clips = {clip.name: clip for clip in source.clips["train"] + source.clips["test"]}
@@ -765,7 +765,7 @@ def test_bad_clips(penn):
     (penn / "frames" / "0002" / "000003.jpg").unlink()
     jpeg = penn / "frames" / "0003" / "000005.jpg"
     jpeg.write_bytes(jpeg.read_bytes()[:300])
-    source = data.load("pennaction", penn)
+    source = data.penn_action([penn])
     train_set, test_set = (data.Dataset(source, split, 8, 24, 24) for split in ("train", "test"))
     item, other = train_set[0, 0], train_set[0, 1]
     assert "0002/000003.jpg" in item["bad"][0] and item["label"] == other["label"] and not other["bad"]
@@ -775,7 +775,7 @@ def test_bad_clips(penn):
         test_set[1]
     (penn / "labels" / "0007.mat").write_bytes(b"not a label")
     (penn / "labels" / "0009.mat").write_bytes((penn / "labels" / "0009.mat").read_bytes()[:200])
-    problems = data.load("pennaction", penn).problems
+    problems = data.penn_action([penn]).problems
     assert len(problems) == 2 and "0007.mat" in problems[0] and "0009.mat" in problems[1]
 
 
@@ -790,7 +790,7 @@ def test_penn_action_labels_that_cannot_be(penn):
         (dict(x=good["x"][:0], y=good["y"][:0], visibility=good["visibility"][:0]), "0, 13"),
     ):  # fmt: skip
         scipy_io.savemat(path, good | change)
-        problems = data.load("pennaction", penn).problems
+        problems = data.penn_action([penn]).problems
         assert len(problems) == 1 and "0001.mat" in problems[0] and said in problems[0]
 
 
@@ -798,11 +798,11 @@ def test_a_missing_data_set_or_decoder(tmp_path, monkeypatch):
     """A traceback instead of what was looked for, where to get it, which package to install."""
     monkeypatch.setitem(sys.modules, "scipy.io", None)
     with pytest.raises(data.DataError, match="pip install scipy"):
-        data.load("pennaction", tmp_path)
+        data.penn_action([tmp_path])
     monkeypatch.undo()
     pytest.importorskip("scipy.io", reason="needs scipy"), pytest.importorskip("PIL", reason="needs pillow")
     with pytest.raises(data.DataError, match="dreamdragon.github.io/PennAction") as error:
-        data.load("pennaction", tmp_path / "nowhere")
+        data.penn_action([tmp_path / "nowhere"])
     assert "labels/0001.mat" in str(error.value) and "nowhere" in str(error.value)
 
 
@@ -844,7 +844,7 @@ SMALL = TINY + " --batch 8 --epochs 2 --warmup 0.5 --workers 0"
 @pytest.fixture
 def fit(tmp_path, monkeypatch, capsys):
     """`fit(flags, out=...)` runs train.main in this process on 43 synthetic clips: its status and what it printed."""
-    sources = {**data.SOURCES, "synthetic": (functools.partial(data.synthetic, train=43, test=11), None)}
+    sources = {**data.SOURCES, "synthetic": (functools.partial(data.synthetic, train=43, test=11), [])}
     monkeypatch.setattr(data, "SOURCES", sources)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 

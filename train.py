@@ -372,9 +372,9 @@ def parse_args(words: list[str] | None) -> tuple[argparse.Namespace, dict]:
         epilog="In brackets: the default, or that of preset paper; then those of the presets that differ.",
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34, width=118),
     )
-    add = parser.add_argument_group("data").add_argument
-    add("--data", choices=data.SOURCES, default="synthetic", help="data set [synthetic]")
-    add("--root", help="its folder [datasets/NAME, the name that its archive unpacks to]")
+    group = parser.add_argument_group("data")
+    data.add_flags(group)
+    add = group.add_argument
     add(
         "--workers", type=int, metavar="N", help="processes that load clips, for each training process [2; synthetic 1]"
     )
@@ -471,7 +471,7 @@ def build(options: argparse.Namespace, given: dict) -> tuple[Run, data.Source]:
     saved = load_checkpoint(path) if options.eval or options.resume else None
     if saved and saved["data"] != options.data:
         raise UsageError(f"{path} was trained on {saved['data']}, not {options.data}: use --data {saved['data']}")
-    source = world.from_first(lambda: data.load(options.data, options.root))
+    source = world.from_first(lambda: data.load(options))
     if source.problems:
         count = len(source.problems)
         raise data.DataError(f"{count} clips of {options.data} cannot be indexed:\n" + "\n".join(source.problems))
