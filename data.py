@@ -456,24 +456,22 @@ def ntu(roots: list[Path], protocol: str) -> Source:
     """*.skeleton and *_rgb.avi (or .mp4, with or without _rgb) anywhere below the roots; two persons, R = 50."""
     need("av", "av", "to read the videos of NTU RGB+D")
 
-    def sample(stem):
-        return stem.removesuffix("_rgb")
-
-    skeletons, videos = find_files(roots, (".skeleton",)), find_files(roots, VIDEOS, sample)
-    videos = {name: path for name, path in videos.items() if NTU_NAME.fullmatch(name)}
+    skeletons = find_files(roots, (".skeleton",))
+    videos = find_files(roots, VIDEOS, lambda stem: stem.removesuffix("_rgb"))
+    skeletons, videos = ({n: p for n, p in found.items() if NTU_NAME.fullmatch(n)} for found in (skeletons, videos))
     if not skeletons or not videos:
         raise DataError(
-            f"no NTU RGB+D in {', '.join(map(str, roots))}: found {len(skeletons)} files like S001C001P001R001A001.skeleton "
-            f"and {len(videos)} like S001C001P001R001A001_rgb.avi. Ask for the data set at rose1.ntu.edu.sg/dataset/actionRecognition, "
-            "unpack it, and pass its folders as --root DIR ..."
+            f"no NTU RGB+D in {', '.join(map(str, roots))}: {len(skeletons)} files like S001C001P001R001A001.skeleton and "
+            f"{len(videos)} like S001C001P001R001A001_rgb.avi. Ask for the data set at "
+            "rose1.ntu.edu.sg/dataset/actionRecognition, unpack it, and pass its folders as --root DIR DIR"
         )
-    lists = [path for file in NTU_LISTS for path in find_files([r for r in roots], (file.lower(),)).values()]
-    excluded = {m.group() for path in lists for m in NTU_NAME.finditer(path.read_text(errors="replace"))}
+    lists = find_files(roots, tuple(file.lower() for file in NTU_LISTS)).values()
+    excluded = {match.group() for path in lists for match in NTU_NAME.finditer(path.read_text(errors="replace"))}
     if not lists:
-        _, _, without, everything = NTU_PROTOCOLS[protocol]
+        without, everything = NTU_PROTOCOLS[protocol][2:]
         print(
-            f"warning: no {NTU_LISTS[0]} below the roots: samples with missing skeletons stay in. The whole data set then "
-            f"has {everything} training and test samples, and {without} without them",
+            f"warning: no {NTU_LISTS[0]} below {', '.join(map(str, roots))}, so samples with missing skeletons stay in: "
+            f"{everything} training and test samples in the whole data set, {without} without them",
             file=sys.stderr,
         )
     source = Source(
@@ -484,7 +482,7 @@ def ntu(roots: list[Path], protocol: str) -> Source:
         read_media,
         ntu_annotate,
     )
-    for name in sorted(name for name in skeletons.keys() | videos.keys() if NTU_NAME.fullmatch(name)):
+    for name in sorted(skeletons.keys() | videos.keys()):
         split = ntu_split(name, protocol)
         if name in excluded or split is None:
             continue
@@ -612,7 +610,7 @@ def clip_key(name: str) -> str:
 
 
 def pyskl(roots: list[Path], annotations: list[Path], splits: tuple[str, str] = ("train", "val")) -> Source:
-    """Pickles {split, annotations}, or two plain lists for train and test, and videos named by frame_dir below the roots."""
+    """A pickle {split, annotations}, or two plain lists for train and test; videos are named by frame_dir."""
     need("av", "av", "to read the videos of this data set")
     videos = find_files(roots, VIDEOS, clip_key)
     entries = {"train": [], "test": []}
@@ -634,9 +632,7 @@ def pyskl(roots: list[Path], annotations: list[Path], splits: tuple[str, str] = 
         except Exception as error:  # a damaged pickle can raise anything
             raise DataError(f"{path}: {error}") from None
     if not videos:
-        raise DataError(
-            f"no videos in {', '.join(map(str, roots))}: looked for NAME.mp4 with the names in {annotations[0]}"
-        )
+        raise DataError(f"no videos in {', '.join(map(str, roots))}: looked for NAME.mp4 as named in {annotations[0]}")
     source, persons, labels = Source([], [], [], [], read_media, pyskl_annotate), 1, 0
     for split, listed in entries.items():
         for entry in listed:

@@ -475,6 +475,10 @@ def build(options: argparse.Namespace, given: dict) -> tuple[Run, data.Source]:
     if source.problems:
         count = len(source.problems)
         raise data.DataError(f"{count} clips of {options.data} cannot be indexed:\n" + "\n".join(source.problems))
+    if source.missing and world.rank == 0:
+        print(
+            f"warning: {len(source.missing)} clips are left out: {'; '.join(source.missing[:3])} ...", file=sys.stderr
+        )
     settings, recipe = configure(options, given, source, saved, world)
 
     torch.manual_seed(recipe.seed)
