@@ -461,8 +461,8 @@ def ntu(roots: list[Path], protocol: str) -> Source:
     skeletons, videos = ({n: p for n, p in found.items() if NTU_NAME.fullmatch(n)} for found in (skeletons, videos))
     if not skeletons or not videos:
         raise DataError(
-            f"no NTU RGB+D in {', '.join(map(str, roots))}: {len(skeletons)} files like S001C001P001R001A001.skeleton and "
-            f"{len(videos)} like S001C001P001R001A001_rgb.avi. Ask for the data set at "
+            f"no NTU RGB+D in {', '.join(map(str, roots))}: {len(skeletons)} files like S001C001P001R001A001.skeleton "
+            f"and {len(videos)} like S001C001P001R001A001_rgb.avi. Ask for the data set at "
             "rose1.ntu.edu.sg/dataset/actionRecognition, unpack it, and pass its folders as --root DIR DIR"
         )
     lists = find_files(roots, tuple(file.lower() for file in NTU_LISTS)).values()
@@ -470,12 +470,12 @@ def ntu(roots: list[Path], protocol: str) -> Source:
     if not lists:
         without, everything = NTU_PROTOCOLS[protocol][2:]
         print(
-            f"warning: no {NTU_LISTS[0]} below {', '.join(map(str, roots))}, so samples with missing skeletons stay in: "
-            f"{everything} training and test samples in the whole data set, {without} without them",
+            f"warning: no {NTU_LISTS[0]} in {', '.join(map(str, roots))}: samples with missing skeletons stay in. "
+            f"Expect {everything} training and test samples in the whole data set, {without} without them",
             file=sys.stderr,
         )
     source = Source(
-        [str(a) for a in range(1, NTU_PROTOCOLS[protocol][0] + 1)],
+        [f"A{a:03d}" for a in range(1, NTU_PROTOCOLS[protocol][0] + 1)],
         [f"{joint} {person}" for person in (1, 2) for joint in NTU_JOINTS],
         [(a + p, b + p) for p in (0, 25) for a, b in NTU_PAIRS],
         [(a + p, b + p) for p in (0, 25) for a, b in NTU_EDGES],
@@ -522,6 +522,8 @@ def parse_skeleton(text: bytes) -> tuple[int, np.ndarray, np.ndarray, np.ndarray
     when, ids, rows = [], [], []
     for frame in range(frames):
         bodies, at = int(lines[at]), at + 1
+        if bodies < 0:
+            raise ValueError(f"line {at}: {bodies} bodies")
         for _ in range(bodies):
             if int(lines[at + 1]) != 25:
                 raise ValueError(f"line {at + 2}: {int(lines[at + 1])} joints, expected 25")
@@ -591,7 +593,9 @@ class ArrayUnpickler(pickle.Unpickler):
     """Reads plain containers, numbers, strings and numpy arrays, and refuses all else: a pickle can run any code."""
 
     def find_class(self, module: str, name: str):
-        if (module, name) == ("_codecs", "encode"):  # how protocol 2 writes bytes
+        if name == "bytes":  # how protocol 2 writes no bytes
+            return lambda: b""
+        if (module, name) == ("_codecs", "encode"):  # and some
             return lambda text, _: text.encode("latin1")
         core = module.replace("numpy._core", "numpy.core")  # numpy 2 and numpy 1
         if (core, name) in {

@@ -806,6 +806,277 @@ def test_a_missing_data_set_or_decoder(tmp_path, monkeypatch):
     assert "labels/0001.mat" in str(error.value) and "nowhere" in str(error.value)
 
 
+KINECT = 72057594037944738  # ids of the Kinect lie near 2^56, where a float64 tells only multiples of 16 apart
+
+
+def body(x, y, wide=0.4, high=1.7, wobble=0.0):
+    """25 joints as .skeleton holds them: a column of a person at x, y of the colour image, 3 m away."""
+    at = np.linspace(-0.5, 0.5, 25)
+    place = np.stack([at * wide + (x - 960) / 300 + wobble, -at * high, np.full(25, 3.0)], -1)
+    colour = np.stack([x + at * 60 + 300 * wobble, y + at * 300], -1)
+    rest = np.zeros((25, 4))
+    return np.concatenate([place, colour / 4, colour, rest, np.full((25, 1), 2)], 1)
+
+
+def skeleton(frames):
+    """The text of a .skeleton file of frames [[(id, body), ...], ...]: CRLF, 10 fields a body, 12 a joint."""
+    lines = [str(len(frames))]
+    for bodies in frames:
+        lines.append(str(len(bodies)))
+        for identity, joints in bodies:
+            lines += [f"{identity} 0 1 1 1 1 0 0.027 0.057 2", "25"]
+            lines += [" ".join(f"{v:.7g}" for v in row[:-1]) + f" {int(row[-1])}" for row in joints]
+    return ("\r\n".join(lines) + "\r\n").encode()
+
+
+def persons(frames):
+    return data.two_persons(*data.parse_skeleton(skeleton(frames)))
+
+
+def test_ntu_bodies_keep_their_slots():
+    """Ids read as floats merge two persons; slots by order in the file swap when an id ends or the order changes."""
+    left = [body(500, 500, wobble=0.02 * (t % 5)) for t in range(40)]
+    right = [body(1300, 500, wobble=0.05 * (t % 5)) for t in range(40)]  # moves more: slot 0
+    a, b = KINECT, KINECT - 4
+    steady = [[(a, left[t]), (b, right[t])] for t in range(40)]
+    reordered = [pair[:: 1 if t % 2 else -1] for t, pair in enumerate(steady)]
+    renamed = [
+        [(a + 16 * (t >= 20), left[t]), (b + 32 * (t >= 20), right[t])][:: 1 if t < 20 else -1] for t in range(40)
+    ]
+    for frames in (steady, reordered, renamed):
+        joints, visible = persons(frames)
+        assert joints.shape == (40, 50, 2) and visible.all()
+        assert np.allclose(joints[:, :25], [row[:, 5:7] for row in right], atol=0.01)
+        assert np.allclose(joints[:, 25:], [row[:, 5:7] for row in left], atol=0.01)
+
+
+def test_ntu_frames_ghosts_and_lost_joints():
+    """Frames without a body dropped, so that joints no longer match the video; a chair taken for a person."""
+    walker = [body(900, 500, wobble=0.03 * (t % 4)) for t in range(30)]
+    frames = [[] if 10 <= t < 15 else [(1, walker[t])] for t in range(30)]
+    joints, visible = persons(frames)
+    assert len(joints) == 30 and not visible[10:15].any() and visible[:10, :25].all() and visible[15:, :25].all()
+    assert not visible[:, 25:].any()  # nobody else
+    assert np.allclose(joints[15, :25], walker[15][:, 5:7], atol=0.01)
+
+    chair = [body(1500, 600, wide=2.0, high=0.5, wobble=0.1 * (t % 3)) for t in range(30)]
+    passing = [body(200, 400, wobble=0.5 * (t % 2)) for t in range(30)]
+    crowd = [[(2, chair[t]), (1, walker[t])] + [(7, passing[t])] * (t < 8) for t in range(30)]
+    joints, visible = persons(crowd)
+    assert np.allclose(joints[:, :25], [row[:, 5:7] for row in walker], atol=0.01) and not visible[:, 25:].any()
+    assert persons([[(2, chair[t])] for t in range(30)])[1][:, :25].all()  # better a ghost than nobody
+    many = [[(i, body(100 + 300 * i, 500, wobble=0.01 * i * (t % 3))) for i in range(6)] for t in range(30)]
+    assert np.allclose(persons(many)[0][0, :25], body(1600, 500)[:, 5:7], atol=0.01)
+    assert not persons([[]] * 4)[1].any() and persons([[]] * 4)[0].shape == (4, 50, 2)
+
+    lost = body(900, 500)
+    lost[0, 5], lost[1, 6], lost[2, 5], lost[3, 5], lost[4, 6] = np.nan, np.inf, -np.inf, 1920, -3
+    lost[5, 11], lost[6, :] = 0, 0  # not tracked; a line of zeros
+    joints, visible = persons([[(1, lost)]] * 12)
+    assert not visible[:, :7].any() and visible[:, 7:25].all()
+
+
+def test_ntu_files_that_break_off():
+    """A damaged file that is read as an empty one, or a declared count that takes all memory."""
+    whole = skeleton([[(KINECT, body(900, 500))]] * 3)
+    fewer, text = whole.replace(b"25\r\n", b"24\r\n", 1), whole.replace(b"3 ", b"z ", 1)
+    negative, huge = whole.replace(b"1\r\n", b"-1\r\n", 1), b"99999999999\r\n0\r\n"
+    for broken in (b"", b"?", whole[:-400], whole[:500], fewer, text, negative, huge):
+        with pytest.raises((ValueError, IndexError)):
+            data.two_persons(*data.parse_skeleton(broken))
+
+
+def write_video(path, pictures, rate=30):
+    """Encode uint8 (n, h, w, 3) as NTU does: one key frame, B-frames, and in AVI no time stamps of their order."""
+    av = pytest.importorskip("av", reason="needs av, the decoder of videos")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=rate, options={"crf": "1", "bf": "3", "g": "250"})
+        stream.height, stream.width, stream.pix_fmt = *pictures.shape[1:3], "yuv420p"
+        for picture in pictures:
+            for packet in stream.encode(av.VideoFrame.from_ndarray(picture, "rgb24")):
+                container.mux(packet)
+        for packet in stream.encode():
+            container.mux(packet)
+    return path
+
+
+def numbered(n, height=54, width=96):
+    """Frames whose grey says which they are."""
+    return np.broadcast_to((np.arange(n) * 5 + 20).astype(np.uint8)[:, None, None, None], (n, height, width, 3)).copy()
+
+
+@pytest.mark.parametrize("ending", ["_rgb.avi", ".mp4"])
+def test_video_frames_are_counted_in_the_order_they_are_shown(tmp_path, ending):
+    """Frames by time stamp or by seeking: NTU's AVI has wrong stamps, and frame i - 2 comes back for i."""
+    path = write_video(tmp_path / f"clip{ending}", numbered(40))
+    frames = np.array([0, 3, 3, 17, 38, 39])
+    video = data.read_video(path, frames, (27, 48))
+    assert video.shape == (6, 27, 48, 3) and (abs(video.mean((1, 2, 3)) - (frames * 5 + 20)) < 2.5).all()
+    assert data.video_length(path) == 40
+    with pytest.raises(data.BadClip, match="frame 40 of 40"):
+        data.read_video(path, np.array([40]), (27, 48))
+    if ending == "_rgb.avi":  # an mp4 without its end has no index at all
+        noise = np.random.default_rng(0).integers(0, 255, (40, 54, 96, 3), dtype=np.uint8)
+        path = write_video(path, noise)
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+        assert data.read_video(path, np.array([0, 5]), (27, 48)).shape == (2, 27, 48, 3)
+        with pytest.raises(data.BadClip, match="clip_rgb.avi"):
+            data.read_video(path, np.array([0, 39]), (27, 48))
+    path.write_bytes(b"no video")
+    with pytest.raises(data.BadClip, match="clip"):
+        data.video_length(path)
+
+
+def test_ntu(tmp_path, capsys):
+    """Joints in the pixels of another size, clips paired wrongly, a missing list that is not read, wrong lengths."""
+    dot = np.full((14, 108, 192, 3), 16, np.uint8)
+    walker = []
+    for t in range(14):  # one joint is drawn; the colour camera is ten times as large as this video
+        joints = body(700 + 40 * t, 500)
+        x, y = joints[3, 5:7]
+        grid = np.mgrid[:108, :192]
+        dot[t] += (200 * np.exp(-((grid[0] - (y + 0.5) / 10 + 0.5) ** 2 + (grid[1] - (x + 0.5) / 10 + 0.5) ** 2) / 8))[
+            ..., None
+        ].astype(np.uint8)
+        walker.append([(KINECT, joints)])
+    roots = [tmp_path / "nturgb+d_rgb", tmp_path / "skeletons one", tmp_path / "skeletons two"]
+    for i, name in enumerate(
+        ("S001C001P001R001A001", "S001C002P003R001A060", "S018C003P041R002A061", "S002C001P003R001A007")
+    ):
+        ending = ("_rgb.avi", ".mp4", "_rgb.mp4", "_rgb.avi")[i]
+        write_video(roots[0] / name[:4] / (name + ending), dot)
+        roots[1 + i % 2].mkdir(exist_ok=True)
+        length = (14, 12, 14, 14)[i]  # the second skeleton is shorter than its video
+        (roots[1 + i % 2] / f"{name}.skeleton").write_bytes(skeleton(walker[:length]))
+    (roots[1] / "S003C001P001R001A001.skeleton").write_bytes(skeleton(walker))
+    with pytest.raises(data.DataError, match="rose1"):
+        data.ntu([tmp_path / "nowhere"], "ntu60-xsub")
+    source = data.ntu(roots, "ntu120-xsub")
+    assert "63,360 and 51,120" in capsys.readouterr().err
+    assert {s: [(c.name, c.label) for c in clips] for s, clips in source.clips.items()} == {
+        "train": [("S001C001P001R001A001", 0)],
+        "test": [("S001C002P003R001A060", 59), ("S002C001P003R001A007", 6), ("S018C003P041R002A061", 60)],
+    }
+    assert source.missing == ["S003C001P001R001A001 has no video"] and len(source.joint_names) == 50
+    assert len(source.annotate(source.clips["test"][0]).joints) == 12
+    (roots[2] / data.NTU_LISTS[1]).write_text("Some prose.\nMore.\n\nS018C003P041R002A061\nS002C001P003R001A007\n")
+    source = data.ntu(roots, "ntu60-xview")
+    assert not capsys.readouterr().err
+    assert [c.name for c in source.clips["train"] + source.clips["test"]] == [
+        "S001C002P003R001A060",
+        "S001C001P001R001A001",
+    ]
+    dataset = data.Dataset(source, "test", 6, 80, 120)
+    item = dataset[0]
+    for t in range(6):
+        x, y = item["joints"][t, 3].tolist()
+        assert item["visible"][t, :25].any() and not item["visible"][t, 25:].any()
+        if 3 < x < 116:
+            picture = item["video"][:, t].float().mean(0)
+            row, column = divmod(picture.argmax().item(), 120)
+            assert abs(column - x) < 1.5 and abs(row - y) < 1.5
+
+
+COCO = dict(label=3, img_shape=(60, 100), original_shape=(60, 100), total_frames=8)
+
+
+def entry(name, n=8, persons=1, **changes):
+    keypoint = np.random.default_rng(n).uniform(5, 55, (persons, n, 17, 2)).astype(np.float16)
+    return (
+        COCO | dict(frame_dir=name, keypoint=keypoint, keypoint_score=np.ones((persons, n, 17), np.float16)) | changes
+    )
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+def test_pyskl_pickles(tmp_path, protocol):
+    """float16 kept, persons padded with zeros or NaN seen, lengths that differ, ids with and without _E_ and _A_."""
+    long = "0LtLS9wROrk_E_002407_002435_A_0003_0005"
+    for name in ("0LtLS9wROrk_002407_002435_0003_0005", "two", "S001C001P001R001A001_rgb"):
+        write_video(tmp_path / "subactions" / f"{name}.mp4", numbered(12, 60, 100))
+    two = entry("two.avi", persons=2)
+    two["keypoint"][0, 2, 4], two["keypoint"][1, 5:] = np.nan, 0
+    two["keypoint_score"][0, 0, 0] = 0
+    annotations = [entry(long), two, entry("gone", label=5), entry("S001C001P001R001A001", n=1)]
+    content = {
+        "split": {"train": ["two.avi", long], "val": ["S001C001P001R001A001", "gone"]},
+        "annotations": annotations,
+    }
+    old_numpy = pickle.dumps(content, protocol)
+    if protocol == 2:  # as numpy 1 names its modules
+        old_numpy = old_numpy.replace(b"numpy._core", b"numpy.core")
+        assert b"numpy.core" in old_numpy
+    (tmp_path / "gym_hrnet.pkl").write_bytes(old_numpy)
+    source = data.finegym([tmp_path])
+    assert [clip.name for clip in source.clips["train"]] == [long, "two.avi"] and len(source.clips["test"]) == 1
+    assert source.missing == ["gone has no video"] and len(source.classes) == 6 and len(source.joint_names) == 34
+    clip = source.clips["train"][1]
+    assert clip.joints.shape == (8, 34, 2) and clip.joints.dtype == np.float32
+    assert (
+        not clip.visible[2, 4]
+        and not clip.visible[0, 0]
+        and not clip.visible[5:, 17:].any()
+        and clip.visible[:5, 17:].all()
+    )
+    clip = source.annotate(source.clips["train"][0])  # 8 poses for 12 frames
+    assert np.array_equal(clip.joints, source.clips["train"][0].joints[[0, 1, 1, 2, 3, 3, 4, 4, 5, 6, 6, 7]])
+    assert len(source.annotate(source.clips["test"][0]).joints) == 12
+    item = data.Dataset(source, "train", 4, 48, 48)[0]
+    assert item["video"].shape == (3, 4, 48, 48) and item["joints"].shape == (4, 34, 2) and not item["bad"]
+
+    lists = tmp_path / "train.pkl", tmp_path / "val.pkl"
+    for path, some in zip(lists, (annotations[:2], annotations[3:])):
+        path.write_bytes(pickle.dumps(some, protocol))
+    source = data.pyskl([tmp_path], list(lists))
+    assert [len(source.clips[split]) for split in ("train", "test")] == [2, 1]
+    with pytest.raises(data.DataError, match="xsub_train.*'train', 'val'"):
+        data.pyskl([tmp_path], [tmp_path / "gym_hrnet.pkl"], ("xsub_train", "xsub_val"))
+    changes = (
+        dict(keypoint=np.zeros((1, 8, 25, 3))), dict(keypoint=np.zeros((0, 8, 17, 2))), dict(label=-1),
+        dict(keypoint_score=np.ones(3)), dict(img_shape=(0, 5)),
+    )  # fmt: skip
+    bad = [entry("two", **change) for change in changes]
+    lists[0].write_bytes(pickle.dumps(bad, protocol))
+    assert len(data.pyskl([tmp_path], list(lists)).problems) == 5
+
+
+class Gadget:
+    def __init__(self, function, *words):
+        self.call = function, words
+
+    def __reduce__(self):
+        return self.call
+
+
+@pytest.mark.parametrize("protocol", [0, 2, 5])
+def test_pickles_that_run_code_are_refused(tmp_path, protocol):
+    """An unpickler that calls what the file names: os.system and the ways around a ban of it."""
+    pytest.importorskip("av", reason="needs av, the decoder of videos")
+    proof = tmp_path / "ran"
+    line = f"open({str(proof)!r}, 'w')"
+    gadgets = [
+        Gadget(os.system, f"touch {proof}"), Gadget(eval, line), Gadget(exec, line), Gadget(open, str(proof), "w"),
+        Gadget(subprocess.Popen, ["touch", str(proof)]), Gadget(__import__, "os"), Gadget(getattr, os, "system"),
+        Gadget(functools.partial, os.system, "true"), Gadget(np.fromfile, str(proof)), Gadget(np.save, str(proof), 1),
+        Gadget(pickle.loads, pickle.dumps(Gadget(os.system, f"touch {proof}"))), Gadget(np.load, str(proof)),
+        Gadget(itertools.starmap, os.system, [(f"touch {proof}",)]), Gadget(data.importlib.import_module, "os"),
+    ]  # fmt: skip
+    path = tmp_path / "evil.pkl"
+    for gadget in gadgets:
+        for content in (gadget, {"split": {}, "annotations": [gadget]}, np.array([gadget], dtype=object)):
+            try:
+                path.write_bytes(pickle.dumps(content, protocol))
+            except (TypeError, pickle.PicklingError):  # a module or a C function that this protocol cannot write
+                continue
+            with pytest.raises(data.DataError, match="evil.pkl: it wants"):
+                data.pyskl([tmp_path], [path])
+            assert not proof.exists()
+    for damaged in (b"", b"\x80", pickle.dumps({"split": 1}), pickle.dumps([1, 2])[:-2], pickle.dumps(3)):
+        path.write_bytes(damaged)
+        with pytest.raises(data.DataError, match="evil.pkl"):
+            data.pyskl([tmp_path], [path])
+
+
 def python(*words, timeout=120, **kwargs):
     """Run a script of the project as a user would."""
     environment = os.environ | {"PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"}
