@@ -392,15 +392,17 @@ def read_video(path: Path, frames: np.ndarray, size: tuple[int, int]) -> np.ndar
     and scaled while they are. A file that breaks off gives the frames before the break.
     """
     import av
+    from av.video.reformatter import VideoReformatter
 
     wanted, pictures, count, reason = set(frames.tolist()), {}, 0, "it has no more"
+    scaler = VideoReformatter()  # one for all frames: setting it up costs more than scaling
     try:
         with av.open(str(path)) as container:
             stream = container.streams.video[0]
             stream.thread_type, stream.codec_context.thread_count = "NONE", 1  # each loading process is a thread
             for picture in container.decode(stream):
                 if count in wanted:
-                    picture = picture.reformat(size[1], size[0], "rgb24", interpolation="BILINEAR")
+                    picture = scaler.reformat(picture, size[1], size[0], "rgb24", interpolation="BILINEAR")
                     pictures[count] = picture.to_ndarray()
                 count += 1
                 if len(pictures) == len(wanted):
