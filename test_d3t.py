@@ -1270,6 +1270,28 @@ def test_bad_clips_in_training(penn, fit, tmp_path):
         assert status == 1 and printed.splitlines()[-1].startswith("train.py: ") and "0003/000001.jpg" in printed
 
 
+def test_training_on_videos(fit, tmp_path):
+    """A source whose joints are read in the loading processes; a video that breaks off before its header says."""
+    names = [f"clip {i}" for i in range(30)]
+    for i, name in enumerate(names):
+        write_video(tmp_path / f"{name}.avi", numbered(12, 40, 60)[:: 1 if i % 2 else -1])
+    annotations = [entry(name, label=i % 2, img_shape=(40, 60)) for i, name in enumerate([*names, "gone"])]
+    content = {"split": {"a": names[:20], "b": [*names[20:], "gone"]}, "annotations": annotations}
+    (tmp_path / "own.pkl").write_bytes(pickle.dumps(content))
+    flags = f"--data pyskl --root {tmp_path} --annotations {tmp_path}/own.pkl --split-train a --split-val b --epochs 1"
+    for workers in (0, 1):
+        status, printed = fit(f"{flags} --workers {workers} --preset tiny", out=f"run {workers}")
+        assert status == 0 and "1 clips are left out: gone has no video" in printed
+    assert log_of(tmp_path / "run 0") == log_of(tmp_path / "run 1") and log_of(tmp_path / "run 0")[0]["clips"] == 10
+    for name in (names[0], names[25]):
+        path = tmp_path / f"{name}.avi"
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    status, printed = fit(flags, out="cut")
+    assert status == 1 and "clip 25.avi" in printed and "a clip was replaced by another one" in printed
+    done = python(HERE / "data.py", *flags.split()[:-2])
+    assert done.returncode == 1 and "1 left out, 2 problems" in done.stdout and "20      10" in done.stdout
+
+
 def test_usage_errors(fit, tmp_path):
     """A traceback, or a run that starts with other settings than were asked for."""
     assert fit("--stop-after 2")[0] == 0
