@@ -154,13 +154,19 @@ class AttentionBlock(nn.Module):
         self.norm = nn.LayerNorm(D)
         self.ffn = nn.Sequential(nn.Linear(D, 4 * D), nn.GELU(), nn.Linear(4 * D, D))
 
+    def split(self, tokens: Tensor) -> Tensor:
+        return tokens.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, heads, n, D / heads)
+
     def msa(self, X: Tensor, X_: Tensor) -> Tensor:
         """MSA(X Wq, X~ Wk, X~ Wv), multi-head attention with scale 1/sqrt(D / heads)."""
-        q, k, v = (  # (B, heads, n or m, D / heads)
-            tokens.unflatten(-1, (self.heads, -1)).transpose(1, 2) for tokens in (self.Wq(X), self.Wk(X_), self.Wv(X_))
-        )
+        q, k, v = self.split(self.Wq(X)), self.split(self.Wk(X_)), self.split(self.Wv(X_))
         out = F.scaled_dot_product_attention(q, k, v)
         return self.Wo(out.transpose(1, 2).flatten(2))  # (B, n, D)
+
+    def weights(self, X: Tensor, X_: Tensor) -> Tensor:
+        """The attention that `msa` does not keep: (B, n, m), mean over the heads; each row sums to 1."""
+        q, k = self.split(self.Wq(X)), self.split(self.Wk(X_))
+        return (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).softmax(-1).mean(1)
 
     def forward(self, X: Tensor, X_: Tensor) -> Tensor:
         X = X + self.msa(X, X_)  # Eq. (6)
@@ -191,6 +197,13 @@ def sample_tokens(Z: Tensor, points: Tensor) -> Tensor:
     volume = Z.to(points.dtype).permute(0, 4, 1, 2, 3)  # (B, D, T, h, w)
     out = F.grid_sample(volume, at.flatten(1, -2)[:, None, None], padding_mode="border", align_corners=False)
     return out[:, :, 0, 0].transpose(1, 2).unflatten(1, points.shape[1:-1])  # (B, D, 1, 1, n) -> (B, ..., D)
+
+
+def place_back(values: Tensor, points: Tensor, grid: tuple[int, int, int]) -> Tensor:
+    """The transpose of `sample_tokens`: values (B, ...) at points (B, ..., 3) -> (B, T, h, w) with the same sum."""
+    with torch.enable_grad():
+        Z = values.new_zeros(len(values), *grid, 1).requires_grad_()
+        return torch.autograd.grad(sample_tokens(Z, points), Z, values[..., None])[0][..., 0]
 
 
 class TokenSearch(nn.Module):
@@ -410,6 +423,22 @@ class Block(nn.Module):
         return Z, P, M
 
 
+@dataclass
+class Explanation:
+    """What the modal tokens attend to in each of the L blocks, mean over heads; None where a module is absent.
+
+    Without modal tokens (Table 5) it is what all tokens attend to. A row of attention sums to 1 together with its share
+    on the modal tokens, which is not shown, but for `frames`, which holds all of it.
+    """
+
+    logits: Tensor  # (B, classes)
+    points: Tensor | None  # (B, L, T~, h~, w~, 3), where 3DTS reads Z, in tokens (t, h, w)
+    selected: Tensor | None  # (B, L, T~, h~, w~), attention on the tokens that 3DTS selected
+    tokens: Tensor | None  # (B, L, T, h, w), the same placed back on the tokens it was read from (Fig. 5)
+    joints: Tensor | None  # (B, L, T, R), attention on each joint, mean over its windows (Fig. 6)
+    frames: Tensor | None  # (B, L, T, T), from the tokens of a frame to those of another; each row sums to 1
+
+
 class D3T(nn.Module):
     """The 3D deformable transformer (Fig. 2a).
 
@@ -502,3 +531,47 @@ class D3T(nn.Module):
                 raise ValueError(f"{name} has shape {tuple(tensor.shape)}, the settings ask for {expected}")
         if visible.dtype != torch.bool:
             raise ValueError(f"visible must be bool, not {visible.dtype}")
+
+    @torch.no_grad()
+    def explain(self, video: Tensor, joints: Tensor, visible: Tensor) -> Explanation:
+        """Run the model as `forward` does and say what it attended to; `forward` itself pays nothing for it."""
+        seen = {}  # what went into the modules that attend and search
+        watched = [m for m in self.modules() if isinstance(m, (AttentionBlock, TokenSearch))]
+        hooks = [m.register_forward_pre_hook(lambda module, inputs: seen.update({module: inputs})) for m in watched]
+        try:
+            logits = self(video, joints, visible)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+        s, maps = self.settings, {name: [] for name in ("points", "selected", "tokens", "joints", "frames")}
+        T, m = s.frames, s.modal_tokens
+        for block in self.blocks:
+            if block.deformable is not None:
+                search, attention = block.deformable.search, block.deformable.attention
+                X, X_ = seen[attention]
+                asking = X.unflatten(1, (T, -1))[:, :, -min(m, 2) :].flatten(1, 2)  # [M_RGB, M_CLS] of all frames
+                points = search.points(*seen[search])
+                given = attention.weights(asking, X_).mean(1)[:, : points[0, ..., 0].numel()]
+                given = given.view(points.shape[:-1])  # (B, T~, h~, w~)
+                maps["points"].append(points)
+                maps["selected"].append(given)
+                maps["tokens"].append(place_back(given, points, s.grid))
+            if block.joint is not None:
+                index, attention = block.joint.index, block.joint.attention
+                X = seen[attention][0]  # (B*n, T*(window + 2), D)
+                asking = X.unflatten(1, (T, -1))[:, :, -min(m, 2) :].flatten(1, 2)  # [M'_CLS, M_pose]
+                given = attention.weights(asking, X).mean(1).view(len(video), len(index), T, -1, 1)
+                given = given[:, :, :, : index.shape[1]]  # (B, n, T, window, 1)
+                maps["joints"].append(mean_of_windows(given, index, dim=2, length=s.joints)[..., 0])
+            if block.temporal is not None:
+                index, attention = block.temporal.index, block.temporal.attention
+                n, window = index.shape
+                X = seen[attention][0]  # (B*n, window*N, D)
+                asking = X.unflatten(1, (window, -1))[:, :, -m:].flatten(1, 2)  # M, the last tokens of a frame
+                given = attention.weights(asking, X).view(len(video), n, window, -1, window, X.shape[1] // window)
+                given = given.mean(3).sum(-1)  # (B, n, window, window), from frame to frame
+                rows = given.new_zeros(len(video), n, window, T)
+                rows = rows.scatter(3, index[None, :, None].expand_as(given), given)[..., None]  # (B, n, window, T, 1)
+                maps["frames"].append(mean_of_windows(rows, index, dim=1, length=T)[..., 0])
+        return Explanation(logits, **{k: torch.stack(v, dim=1) if v else None for k, v in maps.items()})
