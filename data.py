@@ -85,7 +85,7 @@ class Dataset(torch.utils.data.Dataset):
     clip that cannot be read is replaced by the next one in training, and raises `BadClip` in testing.
     """
 
-    def __init__(self, source: Source, split: str, frames: int, height: int, width: int, seed: int = 0, hide: str = ""):
+    def __init__(self, source: Source, split: str, frames: int, height: int, width: int, seed: int = 0, hide="none"):
         self.source, self.clips, self.train = source, source.clips[split], split == "train"
         self.frames, self.crop, self.seed, self.hide = frames, (height, width), seed, hide
         self.mirror = np.arange(len(source.joint_names))
@@ -228,7 +228,7 @@ def synthetic(train: int = 2048, test: int = 512, seed: int = 0) -> Source:
     time = np.arange(16)
     for s, (split, count) in enumerate((("train", train), ("test", test))):
         for i in range(count):
-            rng = np.random.default_rng((seed, s, i))
+            rng = np.random.default_rng((seed, s, i, 1))  # not the stream that augments clip i
             actions = rng.permutation(len(SYNTHETIC_ACTIONS))[:2]
             figures = []
             for figure, action in enumerate(actions):
@@ -360,9 +360,15 @@ def read_jpegs(clip: Clip, frames: np.ndarray, size: tuple[int, int]) -> np.ndar
 
 def find_files(roots: list[Path], endings: tuple[str, ...], name=lambda stem: stem) -> dict[str, Path]:
     """Files below the roots by `name(stem)`, whatever folders they are in."""
-    found = {}
+    found, visited = {}, set()
     for root in roots:
-        for folder, _, files in os.walk(root):
+        for folder, folders, files in os.walk(root, followlinks=True):
+            real = os.path.realpath(folder)
+            if real in visited:  # a link back, or a root within a root
+                folders.clear()
+                continue
+            visited.add(real)
+            folders.sort()
             for file in sorted(files):
                 if file.lower().endswith(endings):
                     path = Path(folder, file)
@@ -374,12 +380,13 @@ VIDEOS = (".avi", ".mp4", ".mkv", ".webm", ".mov")
 
 
 def video_length(path: Path) -> int:
-    """Frames of a video by its header, 0 if that does not say."""
+    """Frames of a video by its header, or, where that does not say, its packets."""
     import av
 
     try:
         with av.open(str(path)) as container:
-            return container.streams.video[0].frames
+            stream = container.streams.video[0]
+            return stream.frames or sum(packet.size > 0 for packet in container.demux(stream))
     except Exception as error:  # av raises many kinds on a damaged file
         raise BadClip(f"{path}: {error}") from None
 
@@ -442,7 +449,10 @@ NTU_PROTOCOLS = {  # actions, whether (setup, camera, performer) trains, samples
     "ntu120-xsub": (120, lambda s, c, p: p in NTU120_TRAIN, "63,026 and 50,919", "63,360 and 51,120"),
     "ntu120-xset": (120, lambda s, c, p: s % 2 == 0, "54,468 and 59,477", "54,720 and 59,760"),
 }
-NTU_LISTS = "NTU_RGBD_samples_with_missing_skeletons.txt", "NTU_RGBD120_samples_with_missing_skeletons.txt"
+NTU_LISTS = {  # by the number of actions
+    60: "NTU_RGBD_samples_with_missing_skeletons.txt",
+    120: "NTU_RGBD120_samples_with_missing_skeletons.txt",
+}
 
 
 def ntu_split(name: str, protocol: str) -> str | None:
@@ -467,17 +477,17 @@ def ntu(roots: list[Path], protocol: str) -> Source:
             f"and {len(videos)} like S001C001P001R001A001_rgb.avi. Ask for the data set at "
             "rose1.ntu.edu.sg/dataset/actionRecognition, unpack it, and pass its folders as --root DIR DIR"
         )
-    lists = find_files(roots, tuple(file.lower() for file in NTU_LISTS)).values()
+    lists = find_files(roots, tuple(file.lower() for file in NTU_LISTS.values())).values()
     excluded = {match.group() for path in lists for match in NTU_NAME.finditer(path.read_text(errors="replace"))}
-    if not lists:
-        without, everything = NTU_PROTOCOLS[protocol][2:]
+    actions, _, without, everything = NTU_PROTOCOLS[protocol]
+    if not {NTU_LISTS[actions], NTU_LISTS[120]} & {path.name for path in lists}:  # the longer one holds the other
         print(
-            f"warning: no {NTU_LISTS[0]} in {', '.join(map(str, roots))}: samples with missing skeletons stay in. "
+            f"warning: no {NTU_LISTS[actions]} in {', '.join(map(str, roots))}: samples it would name stay in. "
             f"Expect {everything} training and test samples in the whole data set, {without} without them",
             file=sys.stderr,
         )
     source = Source(
-        [f"A{a:03d}" for a in range(1, NTU_PROTOCOLS[protocol][0] + 1)],
+        [f"A{a:03d}" for a in range(1, actions + 1)],
         [f"{joint} {person}" for person in (1, 2) for joint in NTU_JOINTS],
         [(a + p, b + p) for p in (0, 25) for a, b in NTU_PAIRS],
         [(a + p, b + p) for p in (0, 25) for a, b in NTU_EDGES],
@@ -547,17 +557,24 @@ def two_persons(frames: int, when: np.ndarray, ids: np.ndarray, fields: np.ndarr
     left out as long as somebody else is there.
     """
     place = np.nan_to_num(fields[..., :3], posinf=0, neginf=0)  # metres
+    found = place.any((1, 2))  # a body of zeros is nobody
+    when, ids, fields, place = when[found], ids[found], fields[found], place[found]
     centre = place.mean(1)
-    persons = []  # each a list of body numbers, in the order of the frames
-    first = {body: rows for body in dict.fromkeys(ids.tolist()) if len(rows := np.flatnonzero(ids == body))}
-    for rows in first.values():
+    persons = []  # each the numbers of its bodies, in the order of the frames
+    for identity in dict.fromkeys(ids.tolist()):
+        rows = np.flatnonzero(ids == identity)
         rows = rows[np.unique(when[rows], return_index=True)[1]]  # an id twice in a frame: the first
-        ended = [p for p in persons if when[p[-1]] < when[rows[0]]]
-        distance = [np.linalg.norm(centre[p[-1]] - centre[rows[0]]) for p in ended]
-        if distance and min(distance) < 1:
-            ended[int(np.argmin(distance))].extend(rows)
+        apart = []  # how far from each person, at the nearest frame; at infinity if both are in one frame
+        for person in persons:
+            nearest = person[np.argmin(abs(when[person] - when[rows[0]]))]
+            together = np.isin(when[rows], when[person]).any()
+            apart.append(np.inf if together else np.linalg.norm(centre[nearest] - centre[rows[0]]))
+        if apart and min(apart) < 1:
+            k = int(np.argmin(apart))
+            both = np.concatenate([persons[k], rows])
+            persons[k] = both[np.argsort(when[both])]
         else:
-            persons.append(list(rows))
+            persons.append(rows)
 
     def real(rows):
         spread = np.ptp(place[rows], axis=1)  # (frames, 3)
@@ -641,9 +658,10 @@ def pyskl(roots: list[Path], annotations: list[Path], splits: tuple[str, str] = 
         raise DataError(f"no videos in {', '.join(map(str, roots))}: looked for NAME.mp4 as named in {annotations[0]}")
     source, persons, labels = Source([], [], [], [], read_media, pyskl_annotate), 1, 0
     for split, listed in entries.items():
-        for entry in listed:
-            name = frame_dir(entry)
+        for number, entry in enumerate(listed):
+            name = f"{split} entry {number}"
             try:
+                name = frame_dir(entry)
                 clip = pyskl_clip(name, entry)
             except Exception as error:
                 source.problems.append(f"{name}: {type(error).__name__}: {error}")
@@ -672,7 +690,7 @@ def frame_dir(entry: dict) -> str:
 def pyskl_clip(name: str, entry: dict) -> Clip:
     """A clip of `keypoint` (M, n, 17, 2), `keypoint_score` (M, n, 17), `label` and `img_shape`; up to two persons."""
     keypoint = np.asarray(entry["keypoint"])[:2].astype(np.float32)  # float16 in the files, which scales badly
-    if keypoint.ndim != 4 or keypoint.shape[2:] != (17, 2) or not keypoint.shape[0] * keypoint.shape[1]:
+    if keypoint.ndim != 4 or keypoint.shape[2:] != (17, 2) or not keypoint.shape[1]:
         raise ValueError(f"keypoint has shape {keypoint.shape}, expected (persons, frames, 17, 2)")
     score = np.asarray(entry.get("keypoint_score", np.ones(keypoint.shape[:3])))[:2].astype(np.float32)
     if score.shape != keypoint.shape[:3]:
@@ -680,6 +698,8 @@ def pyskl_clip(name: str, entry: dict) -> Clip:
     label, size = int(entry["label"]), tuple(int(side) for side in entry["img_shape"])
     if label < 0 or len(size) != 2 or min(size) < 1:
         raise ValueError(f"label {label}, img_shape {size}")
+    if not len(keypoint):  # nobody was found
+        keypoint, score = np.zeros((1, *keypoint.shape[1:]), np.float32), np.zeros((1, *score.shape[1:]), np.float32)
     visible = np.isfinite(keypoint).all(-1) & (score > 0) & keypoint.any(-1)  # (0, 0) is nobody
     joints = keypoint.transpose(1, 0, 2, 3).reshape(keypoint.shape[1], -1, 2)  # (n, M*17, 2)
     return Clip(name, label, joints, visible.transpose(1, 0, 2).reshape(len(joints), -1), size, None)
@@ -735,7 +755,11 @@ def load(options: argparse.Namespace) -> Source:
         if not options.annotations:
             raise DataError("--data pyskl needs --annotations PKL")
         return function(roots, options.annotations, (options.split_train, options.split_val))
-    return function(roots) if roots else function()
+    if not roots:
+        return function()
+    if options.root and options.data == "synthetic":
+        raise DataError("--root: the synthetic clips are drawn, there are no files")
+    return function(roots)
 
 
 class Check(torch.utils.data.Dataset):

@@ -52,11 +52,17 @@ class Recipe:
     weight_decay: float = setting(0.05, "of the matrices; norms, biases and embeddings have none (open)")
     clip: float = setting(1.0, "largest norm of the gradient (open)")
     seed: int = setting(0, "of the weights, the order of the clips and their augmentation")
+    hide: str = setting("none", "joints or video: what the other modality does alone")
 
     def __post_init__(self):
         for name in ("epochs", "batch", "accumulate", "lr", "clip"):
-            if getattr(self, name) <= 0:
+            if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, not {getattr(self, name)}")
+        for name in ("warmup", "weight_decay", "seed"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} must not be negative, but is {getattr(self, name)}")
+        if self.hide not in ("none", "joints", "video"):
+            raise ValueError(f"hide must be none, joints or video, not {self.hide}")
 
 
 PRESETS = {  # what differs from the paper's
@@ -150,13 +156,14 @@ def load_batches(dataset: data.Dataset, batches: list, workers: int, device: tor
         collate_fn=data.collate,
         num_workers=workers,
         pin_memory=device.type == "cuda",
-        worker_init_fn=ignore_interrupt,
+        worker_init_fn=ignore_signals,
     )
 
 
-def ignore_interrupt(worker: int):
-    """Ctrl-C is for the training process, which ends its workers itself."""
+def ignore_signals(worker: int):
+    """Ctrl-C and SIGTERM reach the whole group; it is the training process that ends its workers, after the step."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def inputs(batch: dict, device: torch.device) -> list[torch.Tensor]:
@@ -175,8 +182,8 @@ class Progress:
     epoch: int = 0
     seen: int = 0  # clips of this epoch that have been trained on
     step: int = 0  # optimizer steps in all
-    loss: float = 0.0  # sum over the steps of this epoch
-    bad: list[str] = field(default_factory=list)  # clips of this epoch that could not be read
+    loss: float = 0.0  # sum over these clips
+    bad: list[str] = field(default_factory=list)  # clips of this epoch that could not be read, and why
     seconds: float = 0.0  # spent on this epoch
     best: float = -1.0  # top-1
 
@@ -194,6 +201,7 @@ class Run:
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     progress: Progress
+    clips: int  # to train on
     signal: int = 0  # that asked the run to stop
 
     def autocast(self):
@@ -244,14 +252,19 @@ def train_one_epoch(run: Run, dataset: data.Dataset) -> bool:
     begin = time.time() - progress.seconds
     losses = torch.tensor(progress.loss, dtype=torch.float64, device=world.device)  # stays there: no wait in a step
 
-    def note_progress():
+    def save():
         progress.loss, progress.seconds = world.sum(losses.item()).item() / world.size, time.time() - begin
+        if not math.isfinite(progress.loss):
+            raise data.DataError(
+                f"the loss is {progress.loss} at step {progress.step}; the last checkpoint stays as it is"
+            )
+        save_checkpoint(run, "last.pt")
 
     while step := list(islice(loader, recipe.accumulate)):
         rate = learning_rate(recipe, progress.epoch + (progress.seen + recipe.batch) / len(dataset))
         for group in run.optimizer.param_groups:
             group["lr"] = rate
-        losses += backward(run, step)
+        losses += backward(run, step) * recipe.batch
         run.scaler.unscale_(run.optimizer)
         torch.nn.utils.clip_grad_norm_(run.model.parameters(), recipe.clip)
         run.scaler.step(run.optimizer)
@@ -260,30 +273,32 @@ def train_one_epoch(run: Run, dataset: data.Dataset) -> bool:
         progress.step, progress.seen = progress.step + 1, progress.seen + recipe.batch
         bar.update(recipe.batch)
         if progress.step % 10 == 0 and world.rank == 0:
-            bar.set_postfix(loss=f"{losses.item() * recipe.batch / progress.seen:.3f}")
+            bar.set_postfix(loss=f"{losses.item() / progress.seen:.3f}")
 
         bad = [reason for batch in step for reason in batch["bad"]]
         signals, replaced = world.sum([run.signal, len(bad)]).tolist()  # all processes take the same turn
         if replaced:
-            progress.bad += world.gather(bad)
-            check_bad_clips(bad, progress.bad, len(dataset))
-        stop = signals > 0 or progress.step == run.options.stop_after
+            note_bad_clips(run, world.gather(bad), len(dataset))
+        stop = signals > 0 or progress.step >= (run.options.stop_after or math.inf)
         if stop or progress.step % run.options.save_every == 0:
-            note_progress()
-            save_checkpoint(run, "last.pt")
+            save()
         if stop:
             return False
-    note_progress()
     bar.close()
+    save()
     return True
 
 
-def check_bad_clips(new: list[str], all_bad: list[str], clips: int):
-    """Warn of the clips that were just replaced; more than 1 % of all clips end the run."""
-    for reason in new:
-        print(f"\nwarning: a clip was replaced by another one: {reason}", file=sys.stderr, flush=True)
-    if len(all_bad) > max(1, clips / 100):
-        raise data.DataError(f"{len(all_bad)} of {clips} clips, more than 1 %, cannot be read:\n" + "\n".join(all_bad))
+def note_bad_clips(run: Run, bad: list[str], clips: int):
+    """Warn of clips that were replaced by others, each once an epoch; more than 1 % of all clips end the run."""
+    known = run.progress.bad
+    for reason in bad:
+        if reason not in known:
+            known.append(reason)
+            if run.world.rank == 0:
+                print(f"\nwarning: a clip was replaced by another one: {reason[:500]}", file=sys.stderr, flush=True)
+    if len(known) > max(1, clips / 100):
+        raise data.DataError(f"{len(known)} of {clips} clips, more than 1 %, cannot be read:\n" + "\n".join(known))
 
 
 @torch.no_grad()
@@ -291,7 +306,7 @@ def evaluate(run: Run, dataset: data.Dataset) -> dict:
     """Top-1 and mean class accuracy over all clips, each counted once: rank r takes every size-th clip from r on."""
     world, classes = run.world, run.settings.classes
     if world.size > 1:
-        for buffer in run.model.buffers():  # unsynchronised batch norms hold the statistics of their own rank
+        for buffer in run.model.buffers():  # after the last step, batch norms differ by what each rank saw in it
             dist.broadcast(buffer, 0)
     run.model.eval()
     mine = list(range(len(dataset)))[world.rank :: world.size]
@@ -333,10 +348,14 @@ def save_checkpoint(run: Run, name: str):
         "progress": asdict(run.progress),
         "settings": asdict(run.settings),
         "recipe": asdict(run.recipe),
-        "data": run.options.data,
+        "data": [run.options.data, run.clips],
     }
     torch.save(state, path.with_suffix(".tmp"))
     os.replace(path.with_suffix(".tmp"), path)
+
+
+def first_line(error: Exception) -> str:
+    return f"{type(error).__name__} {' '.join(str(error).split())[:300]}"
 
 
 def load_checkpoint(path: Path) -> dict:
@@ -344,7 +363,7 @@ def load_checkpoint(path: Path) -> dict:
         state = torch.load(path, map_location="cpu", weights_only=True)
         missing = {"model", "optimizer", "scaler", "progress", "settings", "recipe", "data"} - set(state)
     except Exception as error:
-        raise UsageError(f"{path} is no checkpoint of train.py: {str(error).splitlines()[0]}") from None
+        raise UsageError(f"{path} is no checkpoint of train.py: {first_line(error)}") from None
     if missing:
         raise UsageError(f"{path} is no checkpoint of train.py: it lacks {', '.join(sorted(missing))}")
     return state
@@ -357,7 +376,7 @@ def load_trunk(model: D3T, path: Path):
         weights = {key: value for key, value in weights.items() if not key.startswith(("layer4.", "fc."))}
         model.trunk.load_state_dict(weights)
     except Exception as error:
-        raise UsageError(f"--weights {path} does not fit the trunk: {' '.join(str(error).split())}") from None
+        raise UsageError(f"--weights {path} does not fit the trunk: {first_line(error)}") from None
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -372,13 +391,17 @@ def parse_args(words: list[str] | None) -> tuple[argparse.Namespace, dict]:
         epilog="In brackets: the default, or that of preset paper; then those of the presets that differ.",
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34, width=118),
     )
+
+    def fail(message):
+        raise UsageError(message)
+
+    parser.error = fail
     group = parser.add_argument_group("data")
     data.add_flags(group)
     add = group.add_argument
     add(
         "--workers", type=int, metavar="N", help="processes that load clips, for each training process [2; synthetic 1]"
     )
-    add("--hide", choices=("joints", "video"), default="", help="leave only the other modality")
 
     add = parser.add_argument_group("run").add_argument
     add("--preset", choices=PRESETS, help="the defaults of training and model [paper; for synthetic clips tiny]")
@@ -412,22 +435,26 @@ def parse_args(words: list[str] | None) -> tuple[argparse.Namespace, dict]:
     options = vars(parser.parse_args(words))
     given = {f.name: options.pop(f.name) for kind in (Recipe, Settings) for f in fields(kind) if f.name in options}
     options = argparse.Namespace(**options)
-    synthetic = options.data == "synthetic"
+    synthetic, preset_given = options.data == "synthetic", options.preset is not None
     options.out = options.out or Path("runs", options.data)
     options.preset = options.preset or ("tiny" if synthetic else "paper")
     options.workers = (1 if synthetic else 2) if options.workers is None else options.workers
     options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     options.amp = options.amp or ("fp16" if options.device == "cuda" else "off")
-    last = options.out / "last.pt"
+    holds = [name for name in ("last.pt", "best.pt", "log.jsonl") if (options.out / name).exists()]
     if options.workers < 0 or options.save_every < 1:
         raise UsageError("--workers must be 0 or more, and --save-every 1 or more")
     if options.amp == "fp16" and options.device == "cpu":
         raise UsageError("--amp fp16 needs CUDA; on a CPU use bf16 or off")
     if options.device == "cuda" and not torch.cuda.is_available():
         raise UsageError("--device cuda: torch sees no CUDA device")
-    if options.resume and not last.exists():
-        raise UsageError(f"--resume: there is no {last}")
-    if last.exists() and not (options.resume or options.overwrite or options.eval):
+    if options.resume and "last.pt" not in holds:
+        raise UsageError(f"--resume: there is no {options.out / 'last.pt'}")
+    if options.resume and (options.overwrite or options.weights or preset_given):
+        raise UsageError("--resume goes on with what is there: it does not go with --overwrite, --weights or --preset")
+    if options.out.exists() and not options.out.is_dir():
+        raise UsageError(f"--out {options.out} is not a folder")
+    if holds and not (options.resume or options.overwrite or options.eval):
         raise UsageError(f"{options.out} holds a run: --resume goes on with it, --overwrite starts anew, or use --out")
     return options, given
 
@@ -449,7 +476,7 @@ def configure(options: argparse.Namespace, given: dict, source: data.Source, sav
     except ValueError as error:
         raise UsageError(str(error)) from None
     parts, clips = world.size * recipe.accumulate, len(source.clips["train"])
-    if recipe.batch % parts:
+    if recipe.batch % parts and not options.eval:
         raise UsageError(
             f"--batch {recipe.batch} does not divide by {world.size} processes x --accumulate {recipe.accumulate}"
         )
@@ -460,8 +487,11 @@ def configure(options: argparse.Namespace, given: dict, source: data.Source, sav
 
 def git_revision() -> str:
     command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
-    done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
-    return done.stdout.strip() or "unknown"
+    try:
+        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+    except OSError:  # no git
+        return "of unknown revision"
+    return done.stdout.strip() or "of unknown revision"
 
 
 def build(options: argparse.Namespace, given: dict) -> tuple[Run, data.Source]:
@@ -469,12 +499,17 @@ def build(options: argparse.Namespace, given: dict) -> tuple[Run, data.Source]:
     world = World.join(options.device)
     path = options.eval or options.out / "last.pt"
     saved = load_checkpoint(path) if options.eval or options.resume else None
-    if saved and saved["data"] != options.data:
-        raise UsageError(f"{path} was trained on {saved['data']}, not {options.data}: use --data {saved['data']}")
+    if saved and saved["data"][0] != options.data:
+        raise UsageError(f"{path} was trained on {saved['data'][0]}, not {options.data}: use --data {saved['data'][0]}")
     source = world.from_first(lambda: data.load(options))
+    train, test = len(source.clips["train"]), len(source.clips["test"])
     if source.problems:
-        count = len(source.problems)
-        raise data.DataError(f"{count} clips of {options.data} cannot be indexed:\n" + "\n".join(source.problems))
+        some = "\n".join(source.problems[:3])
+        raise data.DataError(f"{len(source.problems)} clips cannot be used, `python data.py` names them all:\n{some}")
+    if not test or not (train or options.eval):
+        raise data.DataError(f"{options.data} has {train} training and {test} test clips there, which is not enough")
+    if options.resume and saved["data"][1] != train:
+        raise UsageError(f"{path} was trained on {saved['data'][1]} clips; now there are {train}")
     if source.missing and world.rank == 0:
         print(
             f"warning: {len(source.missing)} clips are left out: {'; '.join(source.missing[:3])} ...", file=sys.stderr
@@ -518,7 +553,7 @@ def build(options: argparse.Namespace, given: dict) -> tuple[Run, data.Source]:
         print(f"D3T {git_revision()}, {count:,} parameters, {world.size} x {where}, torch {torch.__version__}")
         values = vars(options) | asdict(recipe) | asdict(settings)
         print(textwrap.fill("  ".join(f"{name}={value}" for name, value in values.items()), 118), flush=True)
-    return Run(world, settings, recipe, options, model, net, optimizer, scaler, progress), source
+    return Run(world, settings, recipe, options, model, net, optimizer, scaler, progress, train), source
 
 
 def fit(run: Run, train: data.Dataset, test: data.Dataset) -> int:
@@ -542,16 +577,15 @@ def fit(run: Run, train: data.Dataset, test: data.Dataset) -> int:
                 print(f"stopped after step {progress.step}; go on with --resume")
             return 128 + run.signal if run.signal else 0
         result = evaluate(run, test)
-        clips = len(train) // recipe.batch * recipe.batch
         line = {
             "epoch": progress.epoch + 1,
             "step": progress.step,
-            "loss": progress.loss * recipe.batch / clips,
+            "loss": progress.loss / progress.seen,
             "lr": run.optimizer.param_groups[0]["lr"],
             **result,
             "bad": len(progress.bad),
             "seconds": round(progress.seconds, 2),
-            "clips_per_second": round(clips / progress.seconds, 1),
+            "clips_per_second": round(progress.seen / progress.seconds, 1),
         }
         better = result["top1"] > progress.best
         best = max(progress.best, result["top1"])
@@ -578,7 +612,7 @@ def main(words: list[str] | None = None) -> int:
         run, source = build(*parse_args(words))
         s, options = run.settings, run.options
         train, test = (
-            data.Dataset(source, split, s.frames, s.height, s.width, run.recipe.seed, options.hide)
+            data.Dataset(source, split, s.frames, s.height, s.width, run.recipe.seed, run.recipe.hide)
             for split in ("train", "test")
         )
         if not options.eval:
