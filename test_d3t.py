@@ -1532,6 +1532,28 @@ def test_it_learns():
     assert loss < 0.2
 
 
+def test_pictures(fit, tmp_path):
+    """A tool that draws another clip than it names, or meets a wrong clip or checkpoint with a traceback."""
+    pytest.importorskip("matplotlib", reason="needs matplotlib, for pictures")
+    assert fit("--epochs 1 --blocks 2")[0] == 0
+    best, out = tmp_path / "run" / "best.pt", tmp_path / "out"
+    done = python("-m", "tools.explain", best, "--clips", 0, 7, "--out", out, cwd=HERE)
+    assert done.returncode == 0 and "test 7: " in done.stdout, done.stderr
+    names = [f"test-{i}{ending}" for i in (0, 7) for ending in ("-joints.png", "-overview.png", "-tokens.png", ".npz")]
+    assert sorted(path.name for path in out.iterdir()) == names
+    clip = data.Dataset(data.synthetic(train=1, test=8), "test", 4, 16, 16)[7]
+    with np.load(out / "test-7.npz") as arrays:
+        assert arrays["label"] == clip["label"] and arrays["frames"].shape == (2, 4, 4)
+        assert abs(arrays["probabilities"].sum() - 1) < 1e-5
+        assert np.allclose(arrays["tokens"].sum((1, 2, 3)), arrays["selected"].sum((1, 2, 3)), atol=1e-5)
+    for words, said in (
+        ((best, "--clips", 512), "0 to 511"), ((tmp_path / "gone.pt",), "gone.pt"),
+        ((best, "--data", "pennaction", "--root", tmp_path), "Penn Action"),
+    ):  # fmt: skip
+        done = python("-m", "tools.explain", *words, cwd=HERE)
+        assert done.returncode == 2 and said in done.stderr and len(done.stderr.splitlines()) == 1
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 @pytest.mark.parametrize("amp", ["fp16", "bf16", "off"])
 def test_cuda(fit, tmp_path, amp):

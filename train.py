@@ -348,7 +348,8 @@ def save_checkpoint(run: Run, name: str):
         "progress": asdict(run.progress),
         "settings": asdict(run.settings),
         "recipe": asdict(run.recipe),
-        "data": [run.options.data, run.clips],
+        "data": run.options.data,
+        "clips": run.clips,
     }
     torch.save(state, path.with_suffix(".tmp"))
     os.replace(path.with_suffix(".tmp"), path)
@@ -361,7 +362,7 @@ def first_line(error: Exception) -> str:
 def load_checkpoint(path: Path) -> dict:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        missing = {"model", "optimizer", "scaler", "progress", "settings", "recipe", "data"} - set(state)
+        missing = {"model", "optimizer", "scaler", "progress", "settings", "recipe", "data", "clips"} - set(state)
     except Exception as error:
         raise UsageError(f"{path} is no checkpoint of train.py: {first_line(error)}") from None
     if missing:
@@ -499,8 +500,8 @@ def build(options: argparse.Namespace, given: dict) -> tuple[Run, data.Source]:
     world = World.join(options.device)
     path = options.eval or options.out / "last.pt"
     saved = load_checkpoint(path) if options.eval or options.resume else None
-    if saved and saved["data"][0] != options.data:
-        raise UsageError(f"{path} was trained on {saved['data'][0]}, not {options.data}: use --data {saved['data'][0]}")
+    if saved and saved["data"] != options.data:
+        raise UsageError(f"{path} was trained on {saved['data']}, not {options.data}: use --data {saved['data']}")
     source = world.from_first(lambda: data.load(options))
     train, test = len(source.clips["train"]), len(source.clips["test"])
     if source.problems:
@@ -508,8 +509,8 @@ def build(options: argparse.Namespace, given: dict) -> tuple[Run, data.Source]:
         raise data.DataError(f"{len(source.problems)} clips cannot be used, `python data.py` names them all:\n{some}")
     if not test or not (train or options.eval):
         raise data.DataError(f"{options.data} has {train} training and {test} test clips there, which is not enough")
-    if options.resume and saved["data"][1] != train:
-        raise UsageError(f"{path} was trained on {saved['data'][1]} clips; now there are {train}")
+    if options.resume and saved["clips"] != train:
+        raise UsageError(f"{path} was trained on {saved['clips']} clips; now there are {train}")
     if source.missing and world.rank == 0:
         print(
             f"warning: {len(source.missing)} clips are left out: {'; '.join(source.missing[:3])} ...", file=sys.stderr

@@ -1,0 +1,171 @@
+"""See what a trained D3T attends to: Figures 5 and 6 of the paper for chosen clips, as pictures and as arrays.
+
+    python -m tools.explain runs/synthetic/best.pt --clips 0 17
+
+writes to --out, for each clip of the test split: NAME-tokens.png (Fig. 5: attention on the tokens that 3DTS selected,
+placed back where they were read, and the points), NAME-joints.png (Fig. 6: attention on each joint in each frame),
+NAME-overview.png (attention between frames, the Gaussian of a joint, the classes) and NAME.npz with the arrays.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import numpy as np
+
+import data
+import train
+from d3t import D3T, Settings, joint_heatmaps
+
+
+def load_model(path: Path, options: argparse.Namespace) -> tuple[D3T, data.Source, data.Dataset]:
+    """The model of a checkpoint and the clips it is tested on; UsageError or DataError where they do not fit."""
+    saved = train.load_checkpoint(path)
+    options.data = options.data or saved["data"]
+    source = data.load(options)
+    settings = Settings(**saved["settings"])
+    if (settings.classes, settings.joints) != (len(source.classes), len(source.joint_names)):
+        raise train.UsageError(
+            f"{path} knows {settings.classes} classes and {settings.joints} joints, {options.data} has "
+            f"{len(source.classes)} and {len(source.joint_names)}: use --data {saved['data']}"
+        )
+    model = D3T(settings)
+    model.load_state_dict(saved["model"])
+    clips = data.Dataset(source, "test", settings.frames, settings.height, settings.width)
+    return model.eval(), source, clips
+
+
+def pictures(plt, item: dict, height: float = 1.7):
+    """A row of the clip's frames, one axis each."""
+    frames = item["video"].permute(1, 2, 3, 0).numpy()
+    figure, axes = plt.subplots(1, len(frames), figsize=(height * len(frames), height + 0.5), squeeze=False)
+    for t, (axis, frame) in enumerate(zip(axes[0], frames)):
+        axis.imshow(frame)
+        axis.set_title(f"frame {t}", fontsize=8)
+        axis.set_axis_off()
+        axis.set_autoscale_on(False)
+    return figure, axes[0]
+
+
+def draw_tokens(plt, item: dict, said: dict, path: Path):
+    """Fig. 5: a row for each block and one for their mean; points are drawn in the frame that is nearest in time."""
+    frames, size = item["video"].shape[1], item["video"].shape[2:]
+    rows = [(f"block {i + 1}", m) for i, m in enumerate(said["tokens"])] + [("mean", said["tokens"].mean(0))]
+    figure, axes = plt.subplots(len(rows), frames, figsize=(1.6 * frames + 0.6, 1.7 * len(rows) + 0.4), squeeze=False)
+    image = None
+    for (name, maps), line in zip(rows, axes):
+        for t, axis in enumerate(line):
+            axis.imshow(item["video"][:, t].permute(1, 2, 0), extent=(-0.5, size[1] - 0.5, size[0] - 0.5, -0.5))
+            h, w = maps.shape[1:]
+            edges = (-4.5, 8 * w - 4.5, 8 * h - 4.5, -4.5)  # token i is centred on pixel 8 i, as the trunk sees it
+            image = axis.imshow(maps[t], extent=edges, cmap="cividis", alpha=0.55, vmin=0, vmax=maps.max(), zorder=1)
+            axis.set(xlim=(-0.5, size[1] - 0.5), ylim=(size[0] - 0.5, -0.5), xticks=[], yticks=[])
+            if line is axes[0]:
+                axis.set_title(f"frame {t}", fontsize=8)
+            if name != "mean":
+                points = said["points"][axes.tolist().index(line.tolist())].reshape(-1, 3)
+                near = points[np.rint(points[:, 0]) == t]
+                axis.scatter(
+                    8 * near[:, 2], 8 * near[:, 1], s=12, c="white", edgecolors="black", linewidths=0.6, zorder=2
+                )
+        line[0].set_ylabel(name, fontsize=8)
+    figure.colorbar(image, ax=axes, shrink=0.8, label="attention on a token, of its row's largest").set_ticks([])
+    figure.savefig(path, dpi=110, bbox_inches="tight")
+    plt.close(figure)
+
+
+def draw_joints(plt, item: dict, said: dict, names: list[str], path: Path):
+    """Fig. 6: joint names x frames as a heat map, and the joints on the frames in the same colours."""
+    share, visible = said["joints"].mean(0), item["visible"].numpy()
+    frames = len(share)
+    figure = plt.figure(figsize=(1.6 * frames + 2.5, 1.9 + 0.2 * len(names)))
+    grid = figure.add_gridspec(2, frames, height_ratios=(1.6, 0.2 * len(names)))
+    for t in range(frames):
+        axis = figure.add_subplot(grid[0, t])
+        axis.imshow(item["video"][:, t].permute(1, 2, 0))
+        x, y = item["joints"][t, visible[t]].T
+        axis.scatter(x, y, s=30, c=share[t, visible[t]], cmap="cividis", vmin=0, vmax=share.max(), edgecolors="white")
+        axis.set_title(f"frame {t}", fontsize=8)
+        axis.set(xticks=[], yticks=[])
+    axis = figure.add_subplot(grid[1, :])
+    image = axis.imshow(np.where(visible, share, np.nan).T, cmap="cividis", vmin=0, vmax=share.max(), aspect="auto")
+    axis.set_facecolor("lightgrey")  # a joint that is not visible
+    axis.set(yticks=range(len(names)), xticks=range(frames), xlabel="frame (grey: not visible)")
+    axis.set_yticklabels(names, fontsize=7)
+    figure.colorbar(image, ax=axis, label="attention")
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def draw_overview(plt, item: dict, said: dict, model: D3T, source: data.Source, path: Path):
+    """Attention between frames, the Gaussian of a visible joint over F_a, and the likeliest classes."""
+    figure, axes = plt.subplots(1, 3, figsize=(11, 3.2))
+    if "frames" in said:
+        image = axes[0].imshow(said["frames"].mean(0), cmap="cividis", vmin=0)
+        figure.colorbar(image, ax=axes[0])
+    axes[0].set(title="attention between frames", xlabel="to frame", ylabel="from frame")
+    joint = int(item["visible"][0].float().argmax())
+    size = [-(-side // 2) for side in item["video"].shape[2:]]
+    heat = joint_heatmaps(item["joints"][None], item["visible"][None], size, 2, model.settings.sigma)[0, 0, joint]
+    axes[1].imshow(item["video"][:, 0].permute(1, 2, 0))
+    axes[1].imshow(heat, extent=(-1.5, 2 * size[1] - 1.5, 2 * size[0] - 1.5, -1.5), cmap="cividis", alpha=0.6)
+    axes[1].set_title(f"Eq. (2), {source.joint_names[joint]}, frame 0", fontsize=10)
+    axes[1].set(xticks=[], yticks=[])
+    best = said["probabilities"].argsort()[::-1][:5]
+    axes[2].barh([source.classes[i] for i in best][::-1], said["probabilities"][best][::-1], color="tab:blue")
+    axes[2].set(xlim=(0, 1), xlabel="probability", title=f"label: {source.classes[item['label']]}")
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("--clips", type=int, nargs="+", default=[0], metavar="N", help="numbers in the test split [0]")
+    parser.add_argument(
+        "--out", type=Path, default=Path("explained"), metavar="DIR", help="folder of the pictures [explained]"
+    )
+    data.add_flags(parser)
+    parser.set_defaults(data=None)
+    options = parser.parse_args()
+    try:
+        data.need("matplotlib", "matplotlib", "to draw the pictures")
+        model, source, clips = load_model(options.checkpoint, options)
+        for number in options.clips:
+            if not 0 <= number < len(clips):
+                raise train.UsageError(f"--clips {number}: the test split has the clips 0 to {len(clips) - 1}")
+        explain(options, model, source, clips)
+        return 0
+    except (train.UsageError, data.DataError) as error:
+        print(f"tools.explain: {error}", file=sys.stderr)
+        return 2
+
+
+def explain(options: argparse.Namespace, model: D3T, source: data.Source, clips: data.Dataset):
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    options.out.mkdir(parents=True, exist_ok=True)
+    for number in options.clips:
+        item = clips[number]
+        found = model.explain(item["video"][None], item["joints"][None], item["visible"][None])
+        said = {name: value[0].numpy() for name, value in vars(found).items() if value is not None}
+        said["probabilities"] = found.logits[0].softmax(-1).numpy()
+        stem = options.out / item["name"].replace(" ", "-").replace("/", "-")
+        np.savez(stem.with_suffix(".npz"), label=item["label"], **said)
+        if "tokens" in said:
+            draw_tokens(plt, item, said, Path(f"{stem}-tokens.png"))
+        if "joints" in said:
+            draw_joints(plt, item, said, source.joint_names, Path(f"{stem}-joints.png"))
+        draw_overview(plt, item, said, model, source, Path(f"{stem}-overview.png"))
+        guess, label = said["probabilities"].argmax(), item["label"]
+        sure = said["probabilities"][guess]
+        print(f"{item['name']}: {source.classes[guess]} ({sure:.1%}), label {source.classes[label]}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
