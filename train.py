@@ -156,14 +156,13 @@ def load_batches(dataset: data.Dataset, batches: list, workers: int, device: tor
         collate_fn=data.collate,
         num_workers=workers,
         pin_memory=device.type == "cuda",
-        worker_init_fn=ignore_signals,
+        worker_init_fn=leave_group,
     )
 
 
-def ignore_signals(worker: int):
-    """Ctrl-C and SIGTERM reach the whole group; it is the training process that ends its workers, after the step."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+def leave_group(worker: int):
+    """Ctrl-C and SIGTERM go to a whole group: they are for the training process, which ends its loaders itself."""
+    os.setpgrp()
 
 
 def inputs(batch: dict, device: torch.device) -> list[torch.Tensor]:
