@@ -35,41 +35,29 @@ def load_model(path: Path, options: argparse.Namespace) -> tuple[D3T, data.Sourc
     return model.eval(), source, clips
 
 
-def pictures(plt, item: dict, height: float = 1.7):
-    """A row of the clip's frames, one axis each."""
-    frames = item["video"].permute(1, 2, 3, 0).numpy()
-    figure, axes = plt.subplots(1, len(frames), figsize=(height * len(frames), height + 0.5), squeeze=False)
-    for t, (axis, frame) in enumerate(zip(axes[0], frames)):
-        axis.imshow(frame)
-        axis.set_title(f"frame {t}", fontsize=8)
-        axis.set_axis_off()
-        axis.set_autoscale_on(False)
-    return figure, axes[0]
-
-
 def draw_tokens(plt, item: dict, said: dict, path: Path):
     """Fig. 5: a row for each block and one for their mean; points are drawn in the frame that is nearest in time."""
     frames, size = item["video"].shape[1], item["video"].shape[2:]
     rows = [(f"block {i + 1}", m) for i, m in enumerate(said["tokens"])] + [("mean", said["tokens"].mean(0))]
     figure, axes = plt.subplots(len(rows), frames, figsize=(1.6 * frames + 0.6, 1.7 * len(rows) + 0.4), squeeze=False)
     image = None
-    for (name, maps), line in zip(rows, axes):
-        for t, axis in enumerate(line):
+    for row, (name, maps) in enumerate(rows):
+        for t, axis in enumerate(axes[row]):
             axis.imshow(item["video"][:, t].permute(1, 2, 0), extent=(-0.5, size[1] - 0.5, size[0] - 0.5, -0.5))
             h, w = maps.shape[1:]
             edges = (-4.5, 8 * w - 4.5, 8 * h - 4.5, -4.5)  # token i is centred on pixel 8 i, as the trunk sees it
             image = axis.imshow(maps[t], extent=edges, cmap="cividis", alpha=0.55, vmin=0, vmax=maps.max(), zorder=1)
             axis.set(xlim=(-0.5, size[1] - 0.5), ylim=(size[0] - 0.5, -0.5), xticks=[], yticks=[])
-            if line is axes[0]:
+            if row == 0:
                 axis.set_title(f"frame {t}", fontsize=8)
             if name != "mean":
-                points = said["points"][axes.tolist().index(line.tolist())].reshape(-1, 3)
+                points = said["points"][row].reshape(-1, 3)
                 near = points[np.rint(points[:, 0]) == t]
                 axis.scatter(
                     8 * near[:, 2], 8 * near[:, 1], s=12, c="white", edgecolors="black", linewidths=0.6, zorder=2
                 )
-        line[0].set_ylabel(name, fontsize=8)
-    figure.colorbar(image, ax=axes, shrink=0.8, label="attention on a token, of its row's largest").set_ticks([])
+        axes[row, 0].set_ylabel(name, fontsize=8)
+    figure.colorbar(image, ax=axes, shrink=0.8, label="attention").set_ticks([])
     figure.savefig(path, dpi=110, bbox_inches="tight")
     plt.close(figure)
 
@@ -111,7 +99,7 @@ def draw_overview(plt, item: dict, said: dict, model: D3T, source: data.Source, 
     axes[1].imshow(item["video"][:, 0].permute(1, 2, 0))
     axes[1].imshow(heat, extent=(-1.5, 2 * size[1] - 1.5, 2 * size[0] - 1.5, -1.5), cmap="cividis", alpha=0.6)
     axes[1].set_title(f"Eq. (2), {source.joint_names[joint]}, frame 0", fontsize=10)
-    axes[1].set(xticks=[], yticks=[])
+    axes[1].set(xticks=[], yticks=[], xlim=(-0.5, 2 * size[1] - 1.5), ylim=(2 * size[0] - 1.5, -0.5))
     best = said["probabilities"].argsort()[::-1][:5]
     axes[2].barh([source.classes[i] for i in best][::-1], said["probabilities"][best][::-1], color="tab:blue")
     axes[2].set(xlim=(0, 1), xlabel="probability", title=f"label: {source.classes[item['label']]}")
