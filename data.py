@@ -221,7 +221,7 @@ def synthetic(train: int = 2048, test: int = 512, seed: int = 0) -> Source:
 
     The pixels say what is done, the joints say by whom. Only head, shoulders and hips are annotated, and they move
     alike in every action, so the joints alone say nothing of the label (chance: 1 of 4). Without them nothing tells
-    the two figures apart, so no method can be right in more than 1 of 2 clips. Clip i of a split depends on
+    the two figures apart, so no method can expect to be right in more than 1 of 2 clips. Clip i of a split depends on
     (seed, split, i) alone, and nothing is on disk.
     """
     source = Source(SYNTHETIC_ACTIONS, PENN_JOINTS, PENN_PAIRS, PENN_EDGES, draw)
