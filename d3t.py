@@ -480,7 +480,7 @@ class D3T(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Conv3d):  # as in R(2+1)D: keeps the variance of the gradient through a ReLU
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-            if isinstance(module, nn.Linear):  # ViT's normal(0.02) starts far slower at these widths
+            if isinstance(module, nn.Linear):  # ViT's normal(0.02) starts far slower at C = 16
                 nn.init.xavier_uniform_(module.weight)
             if isinstance(module, (nn.Conv3d, nn.Linear)) and module.bias is not None:
                 nn.init.zeros_(module.bias)
