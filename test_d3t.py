@@ -1475,7 +1475,7 @@ def test_usage_errors(fit, tmp_path):
         ("--resume --out nowhere", "nowhere"), ("--overwrite --batch 7 --accumulate 2", "--batch 7"),
         ("--overwrite --temporal-window 5", "temporal_window = 5"), ("--overwrite --amp fp16", "fp16"),
         ("--resume --data pennaction", "--data synthetic"), ("--resume --hide joints", "hide is none, not joints"),
-        ("--resume --overwrite", "--overwrite"), ("--resume --preset small", "--preset"), 
+        ("--resume --overwrite", "--overwrite"), ("--resume --preset small", "channels is 4, not 16"),
         ("--overwrite --hide me", "joints"),
         ("--overwrite --root x", "--root"), ("--overwrite --seed -1", "seed"), ("--overwrite --lr nan", "lr"),
         ("--frames many", "--frames"), ("--no-such", "--no-such"), (f"--out {tmp_path}/noise.pt", "noise.pt"),

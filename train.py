@@ -71,7 +71,7 @@ PRESETS = {  # what differs from the paper's
         frames=8, height=96, width=96, channels=16, blocks=2, heads=2, batch=16, lr=1.5e-3, epochs=24, warmup=2.0
     ),
     "tiny": dict(
-        frames=6, height=32, width=32, channels=16, blocks=1, heads=4, kernel=3, batch=16, lr=1e-3, epochs=4, warmup=0.5
+        frames=6, height=40, width=40, channels=16, blocks=2, heads=4, kernel=3, batch=16, lr=1e-3, epochs=3, warmup=0.5
     ),
 }
 MAY_CHANGE = {"batch", "accumulate"}  # between the parts of a run that is resumed
@@ -435,8 +435,11 @@ def parse_args(words: list[str] | None) -> tuple[argparse.Namespace, dict]:
     options = vars(parser.parse_args(words))
     given = {f.name: options.pop(f.name) for kind in (Recipe, Settings) for f in fields(kind) if f.name in options}
     options = argparse.Namespace(**options)
-    synthetic, preset_given = options.data == "synthetic", options.preset is not None
+    synthetic = options.data == "synthetic"
     options.out = options.out or Path("runs", options.data)
+    if options.resume and options.preset:  # asks for all that it fixes, so that a clash with the run is found
+        defaults = {f.name: f.default for kind in (Recipe, Settings) for f in fields(kind)}
+        given = {k: v for k, v in defaults.items() if k not in ("classes", "joints")} | PRESETS[options.preset] | given
     options.preset = options.preset or ("tiny" if synthetic else "paper")
     options.workers = (1 if synthetic else 2) if options.workers is None else options.workers
     options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -450,8 +453,8 @@ def parse_args(words: list[str] | None) -> tuple[argparse.Namespace, dict]:
         raise UsageError("--device cuda: torch sees no CUDA device")
     if options.resume and "last.pt" not in holds:
         raise UsageError(f"--resume: there is no {options.out / 'last.pt'}")
-    if options.resume and (options.overwrite or options.weights or preset_given):
-        raise UsageError("--resume goes on with what is there: it does not go with --overwrite, --weights or --preset")
+    if options.resume and (options.overwrite or options.weights):
+        raise UsageError("--resume goes on with what is there: it does not go with --overwrite or --weights")
     if options.out.exists() and not options.out.is_dir():
         raise UsageError(f"--out {options.out} is not a folder")
     if holds and not (options.resume or options.overwrite or options.eval):

@@ -5,13 +5,19 @@
 writes to --out, for each clip of the test split: NAME-tokens.png (Fig. 5: attention on the tokens that 3DTS selected,
 placed back where they were read, and the points), NAME-joints.png (Fig. 6: attention on each joint in each frame),
 NAME-overview.png (attention between frames, the Gaussian of a joint, the classes) and NAME.npz with the arrays.
+
+    python -m tools.explain runs/synthetic/best.pt --boxes 100
+
+measures on the synthetic clips, where two figures act, whether the attention goes to the one that the joints follow.
 """
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import torch
 
 import data
 import train
@@ -108,6 +114,62 @@ def draw_overview(plt, item: dict, said: dict, model: D3T, source: data.Source, 
     plt.close(figure)
 
 
+def box_shares(model: D3T, source: data.Source, clips: data.Dataset, count: int) -> dict[str, np.ndarray]:
+    """Share of what the model attends to in the box of the actor and in the box of the other figure.
+
+    Each clip is shown twice, with the joints on the one and on the other of its two figures: the pixels are the same,
+    so a difference between the boxes is due to the joints alone. Mean over clips, 2 numbers for each row.
+    """
+    shares = {}
+    for number in range(count):
+        clip, item = clips.clips[number], clips[number]
+        crops = []  # both figures with all their joints, in pixels of the crop
+        for figure in np.float32(clip.media[0]):
+            drawn = replace(clip, joints=figure, visible=np.ones(figure.shape[:2], bool))
+            crops.append(clips.load(drawn, np.random.default_rng(0))["joints"])
+        low, high = (torch.stack([f(crop, 1) for crop in crops]).numpy() for f in (torch.amin, torch.amax))  # (2, T, 2)
+        for actor in (0, 1):
+            followed = replace(clip, joints=np.float32(clip.media[0][actor]))
+            item = clips.load(followed, np.random.default_rng(0))
+            said = model.explain(item["video"][None], item["joints"][None], item["visible"][None])
+            order = [actor, 1 - actor]
+            for block in range(model.settings.blocks):
+                if said.tokens is not None:
+                    tokens = said.tokens[0, block].numpy()
+                    edges = [8 * np.arange(n) - 4 for n in tokens.shape[1:]]  # token i is centred on pixel 8 i
+                    rows, columns = (  # the part of each token that lies in the box: (2, T, h) and (2, T, w)
+                        (np.minimum(high[..., a, None], e + 8) - np.maximum(low[..., a, None], e)).clip(0) / 8
+                        for a, e in zip((1, 0), edges)
+                    )
+                    inside = np.einsum("fth, ftw, thw -> f", rows, columns, tokens) / tokens.sum()
+                    shares.setdefault(f"token attention, block {block + 1}", []).append(inside[order])
+                    t, y, x = said.points[0, block].reshape(-1, 3).numpy().T
+                    t, places = np.rint(t).astype(int), 8 * np.stack([x, y], -1)
+                    inside = ((places >= low[:, t]) & (places <= high[:, t])).all(-1).mean(-1)
+                    shares.setdefault(f"points, block {block + 1}", []).append(inside[order])
+                if said.joints is not None:
+                    joints = said.joints[0, block].numpy() * item["visible"].numpy()
+                    places = item["joints"].numpy()
+                    inside = ((places >= low[:, :, None]) & (places <= high[:, :, None])).all(-1)  # (2, T, R)
+                    inside = (inside * joints).sum((1, 2)) / said.joints[0, block].sum().item()
+                    shares.setdefault(f"joint attention, block {block + 1}", []).append(inside[order])
+    return {name: np.array(values) for name, values in shares.items()}
+
+
+def print_boxes(model: D3T, source: data.Source, clips: data.Dataset, count: int):
+    """A markdown table of `box_shares`, with weights as they are drawn from seed 0 and as they were trained."""
+    if not source.clips["test"] or source.read is not data.draw:
+        raise train.UsageError("--boxes needs --data synthetic: only there the place of the other figure is known")
+    torch.manual_seed(0)
+    untrained = box_shares(D3T(model.settings).eval(), source, clips, count)
+    trained = box_shares(model, source, clips, count)
+    print("| share in the box of | before: actor | other | after: actor | other |", "|---" * 5 + "|", sep="\n")
+    for name, after in trained.items():
+        cells = [f"{value:.3f}" for value in (*untrained[name].mean(0), *after.mean(0))]
+        gap = after[:, 0] - after[:, 1]
+        print(f"| {name} | {' | '.join(cells)} | {gap.mean() / (gap.std() / len(gap) ** 0.5):.1f}")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path)
@@ -115,12 +177,16 @@ def main() -> int:
     parser.add_argument(
         "--out", type=Path, default=Path("explained"), metavar="DIR", help="folder of the pictures [explained]"
     )
+    parser.add_argument("--boxes", type=int, metavar="N", help="measure the first N test clips instead")
     data.add_flags(parser)
     parser.set_defaults(data=None)
     options = parser.parse_args()
     try:
-        data.need("matplotlib", "matplotlib", "to draw the pictures")
         model, source, clips = load_model(options.checkpoint, options)
+        if options.boxes:
+            print_boxes(model, source, clips, options.boxes)
+            return 0
+        data.need("matplotlib", "matplotlib", "to draw the pictures")
         for number in options.clips:
             if not 0 <= number < len(clips):
                 raise train.UsageError(f"--clips {number}: the test split has the clips 0 to {len(clips) - 1}")
