@@ -6,12 +6,15 @@ numpy arrays, name every token, and share no code with the model. The model has 
 
 import dataclasses
 import functools
+import io
 import itertools
 import json
 import math
 import os
 import pickle
+import resource
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -1405,18 +1408,6 @@ def test_an_epoch_is_kept_before_it_is_tested(penn, fit, tmp_path):
     assert log_of(tmp_path / "run") == log_of(tmp_path / "whole")
 
 
-def test_a_loss_that_is_not_finite_ends_the_run(fit, tmp_path):
-    """A run that goes on with weights of NaN and overwrites the last good checkpoint with them."""
-    assert fit("--stop-after 2")[0] == 0
-    state = checkpoint(tmp_path / "run")
-    state["recipe"]["lr"] = 1e30
-    torch.save(state, tmp_path / "run" / "last.pt")
-    before = (tmp_path / "run" / "last.pt").read_bytes()
-    status, printed = fit("--resume")
-    assert status == 1 and "the loss is nan at step 5" in printed
-    assert (tmp_path / "run" / "last.pt").read_bytes() == before
-
-
 def test_bad_clips_in_training(penn, fit, tmp_path):
     """Bad clips that are not counted, or that replace so many others that the run means nothing."""
     flags = f"--data pennaction --root {penn} --epochs 1"
@@ -1457,6 +1448,268 @@ def test_training_on_videos(fit, tmp_path):
     assert done.returncode == 1 and "1 left out, 2 problems" in done.stdout and "20      10" in done.stdout
 
 
+# --------------------------------------------------------------------------------------------------------------------
+# Faults, injected into real runs
+# --------------------------------------------------------------------------------------------------------------------
+
+FAULTY = """
+import functools, os, sys, time, torch, data, train
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+data.SOURCES["synthetic"] = functools.partial(data.synthetic, train=96, test=8), []
+rank, fault, steps, loads = os.environ.get("RANK", "0"), os.environ.get("FAULT"), 0, 0
+forward, load, fsync = train.D3T.forward, data.Dataset.load, os.fsync
+
+def count(*_):
+    global steps
+    steps += 1
+    if rank == "0":
+        with open(os.environ["STEPS"], "a") as file:
+            print(steps, file=file)
+
+def faulty_forward(self, *inputs):
+    if steps == 3 and rank == "1" and fault == "model":
+        raise KeyError("no such luck")
+    if steps == 3 and rank == "1" and fault == "memory":
+        torch.empty(2**50)
+    return forward(self, *inputs) * (float("nan") if steps == 3 and rank == "1" and fault == "loss" else 1)
+
+def faulty_load(self, clip, rng):
+    global loads
+    loads += 1
+    if rank == "1" and fault == "loader" and loads == 13:
+        raise ZeroDivisionError(f"no luck with {clip.name}")
+    return load(self, clip, rng)
+
+def slow_fsync(file):  # many kills come between the writing of a checkpoint and its renaming
+    time.sleep(0.03)
+    fsync(file)
+
+train.D3T.forward, data.Dataset.load, os.fsync = faulty_forward, faulty_load, slow_fsync
+register_optimizer_step_post_hook(count)
+sys.exit(train.record(train.main)(sys.argv[1:]))
+"""
+
+
+SEPARATE_STORES = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+
+
+class Faulty:
+    """`train.py` on 96 synthetic clips, 12 steps an epoch, with a fault; rank 0 writes a line for each step."""
+
+    def __init__(self, folder: Path):
+        folder.mkdir(parents=True, exist_ok=True)
+        self.script, self.steps, self.run = folder / "faulty.py", folder / "steps", folder / "run"
+        self.script.write_text(FAULTY)
+        self.steps.touch()
+
+    def start(self, *flags, ranks: int = 1, agent=(), fault: str = "", **options) -> subprocess.Popen:
+        launch = []
+        if ranks > 1 or agent:
+            launch = ["-m", "torch.distributed.run", *(agent or ["--standalone"]), f"--nproc_per_node={ranks}"]
+        words = [sys.executable, *launch, self.script, *SMALL.split(), "--out", self.run, *flags]
+        environment = {"PYTHONPATH": HERE, "OMP_NUM_THREADS": 1, "STEPS": self.steps, "FAULT": fault} | SEPARATE_STORES
+        environment = os.environ | {name: str(value) for name, value in environment.items()}
+        pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        return subprocess.Popen([*map(str, words)], env=environment, **pipes, **options)
+
+    def finish(self, *flags, **how) -> tuple[int, str]:
+        """Its status and what it printed; every fault has to end a run within a minute."""
+        process = self.start(*flags, **how)
+        printed, _ = process.communicate(timeout=60)
+        return process.returncode, printed
+
+    def taken(self) -> int:
+        return len(self.steps.read_text().splitlines())
+
+
+@pytest.fixture
+def faulty(tmp_path):
+    return Faulty(tmp_path)
+
+
+def children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def kill_while_it_trains(faulty: Faulty, process: subprocess.Popen, target: str, rng: np.random.Generator) -> bool:
+    """`kill -9` of the run itself or of one of its children, up to half a second after a step; False if it ended."""
+    before = faulty.taken()
+    while faulty.taken() == before and process.poll() is None:
+        time.sleep(0.005)
+    time.sleep(rng.uniform(0, 0.5))
+    if process.poll() is not None:
+        return False
+    victims = [process.pid] if target == "run" else children(process.pid)
+    if victims:
+        os.kill(rng.choice(victims), signal.SIGKILL)
+    return bool(victims)
+
+
+def run_with_kills(faulty: Faulty, target: str, most: int, rng: np.random.Generator) -> tuple[int, int]:
+    """A run that is killed up to `most` times and always goes on: kills, and those while a checkpoint was written."""
+    flags = ["--epochs", 6, "--save-every", 2, "--workers", 2 if target == "loader" else 0]
+    kills = saving = 0
+    if target == "rank":  # torchrun starts them again
+        agent = ["--standalone", f"--max-restarts={most}"]
+        process = faulty.start(*flags, "--resume", ranks=2, agent=agent)
+        while kills < most and kill_while_it_trains(faulty, process, target, rng):
+            kills += 1
+            time.sleep(1)  # until the other rank has ended, too
+        printed, _ = process.communicate(timeout=120)
+        assert process.returncode == 0, printed
+        return kills, 0
+    while True:
+        process = faulty.start(*flags, "--resume" if (faulty.run / "last.pt").exists() else "--overwrite")
+        killed = kills < most and kill_while_it_trains(faulty, process, target, rng)
+        printed, _ = process.communicate(timeout=120)
+        kills += killed
+        saving += killed and (faulty.run / "last.tmp").exists()
+        if process.returncode == 0:
+            return kills, saving
+        assert killed and (process.returncode == -signal.SIGKILL or "DataLoader worker" in printed), printed
+
+
+def check_kills(tmp_path: Path, target: str, wanted: int, seed: int) -> str:
+    """Runs of 72 steps with kills at random moments end as undisturbed ones, and repeat at most --save-every steps."""
+    ranks, rng = 2 if target == "rank" else 1, np.random.default_rng(seed)
+    whole = Faulty(tmp_path / "whole")
+    status, printed = whole.finish("--epochs", 6, ranks=ranks)
+    assert status == 0 and whole.taken() == 72, printed
+    kills = saving = repeated = 0
+    for number in itertools.count():
+        if kills >= wanted:
+            return f"{target}: {kills} kills in {number} runs, {saving} while saving, {repeated} steps repeated"
+        faulty = Faulty(tmp_path / str(number))
+        some, while_saving = run_with_kills(faulty, target, min(5, wanted - kills), rng)
+        assert 0 <= faulty.taken() - 72 <= 2 * some
+        kills, saving, repeated = kills + some, saving + while_saving, repeated + faulty.taken() - 72
+        ours, theirs = (checkpoint(f.run)["model"] for f in (faulty, whole))
+        assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+        assert log_of(faulty.run) == log_of(whole.run)
+
+
+@pytest.mark.parametrize("target", ["run", "loader", "rank"])
+def test_a_killed_run_goes_on(tmp_path, target):
+    """A half-written checkpoint, steps that are lost or taken twice, a lock that outlives its run."""
+    check_kills(tmp_path, target, wanted=1, seed=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["run", "loader", "rank"])
+def test_thirty_kills(tmp_path, target):
+    print(check_kills(tmp_path, target, wanted=30, seed=1))
+
+
+@pytest.mark.parametrize("fault, reason", [
+    ("model", "KeyError: 'no such luck'"), ("memory", "can't allocate memory"), ("loader", "no luck with train "),
+])  # fmt: skip
+def test_one_rank_fails(faulty, fault, reason):
+    """Other ranks that wait for ever, or whose tracebacks bury the reason."""
+    status, printed = faulty.finish("--workers", 1 if fault == "loader" else 0, ranks=2, fault=fault)
+    assert status == 1 and "rank 0 lost another one" in printed
+    first = printed.split("Root Cause (first observed failure):")[1]
+    assert reason in first and "rank      : 1 " in first
+
+
+@pytest.mark.slow
+def test_a_node_that_is_lost_and_comes_back(tmp_path):
+    """The README's two commands, with two agents on this machine: one dies with its process, and is started again."""
+    faulty, whole = (Faulty(tmp_path / name) for name in ("two", "whole"))
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    agent = ["--nnodes=2", "--max-restarts=3", "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}"]
+    how = dict(ranks=1, agent=agent)
+    flags = ["--epochs", 20, "--save-every", 2, "--resume"]
+    first = faulty.start(*flags, **how)
+    time.sleep(3)  # it holds the rendezvous, and may not be the one that is lost
+    second = faulty.start(*flags, **how)
+    while not faulty.taken():
+        time.sleep(0.01)
+    time.sleep(1)
+    for pid in (*children(second.pid), second.pid):
+        os.kill(pid, signal.SIGKILL)
+    time.sleep(5)
+    again = faulty.start(*flags, **how)
+    printed = ""
+    for process in (first, again):
+        printed += process.communicate(timeout=300)[0]
+        assert process.returncode == 0, printed
+    assert "resume=True" in printed and "epoch  20" in printed
+    status, printed = whole.finish("--epochs", 20, ranks=2)
+    assert status == 0, printed
+    assert 0 <= faulty.taken() - whole.taken() <= 2 and whole.taken() == 240
+    ours, theirs = (checkpoint(f.run)["model"] for f in (faulty, whole))
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(faulty):
+    """Weights of NaN in the last good checkpoint; ranks that disagree; a message that does not name the clips."""
+    status, printed = faulty.finish("--save-every", 1, ranks=2, fault="loss")
+    assert status == 1 and checkpoint(faulty.run)["progress"]["step"] == 3
+    reason = next(line for line in printed.splitlines() if line.startswith("train.py: the loss is not finite"))
+    assert reason.count("train ") == 4 and "last finite loss was 1." in reason
+    order = train.training_batches(96, train.Recipe(batch=8), 0, 24, train.World(1, 2, torch.device("cpu")))[0]
+    assert all(f"train {clip}" in reason for _, clip in order)
+    assert all(value.isfinite().all() for value in checkpoint(faulty.run)["model"].values())
+
+
+def test_another_machine(faulty):
+    """A checkpoint that needs as many processes, or the same precision, as it was written with."""
+    assert faulty.finish("--stop-after", 3, ranks=4)[0] == 0
+    assert faulty.finish("--resume", "--stop-after", 7, "--amp", "bf16", "--workers", 1, ranks=2)[0] == 0
+    status, printed = faulty.finish("--resume", "--batch", 16, "--save-every", 3)
+    assert status == 0, printed
+    assert [(line["epoch"], line["step"]) for line in log_of(faulty.run)] == [(1, 9), (2, 15)]
+
+
+def test_a_full_disk(faulty):
+    """The last good checkpoint lost to one that did not fit; a file that is left behind; a status of 0."""
+    assert faulty.finish("--stop-after", 2)[0] == 0
+    before = (faulty.run / "last.pt").read_bytes()
+    limit = (len(before) // 2, len(before) // 2)
+    full = functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, limit)
+    status, printed = faulty.finish("--resume", preexec_fn=full)
+    assert status == 1 and "last.pt cannot be written" in printed.splitlines()[-1] and "Traceback" not in printed
+    assert (faulty.run / "last.pt").read_bytes() == before and not (faulty.run / "last.tmp").exists()
+
+
+def test_damaged_checkpoints(fit, tmp_path):
+    """A traceback, or a run that starts from half of its state."""
+    assert fit("--stop-after 2")[0] == 0
+    path = tmp_path / "run" / "last.pt"
+    whole, state = path.read_bytes(), checkpoint(tmp_path / "run")
+    cases = [(whole[: len(whole) * tenth // 10], "no checkpoint") for tenth in range(10)]
+    for part, change, said in (
+        ("settings", {"dropout": 0.1}, "settings differ in dropout"), ("settings", {"sigma": None}, "sigma"),
+        ("recipe", {"momentum": 0.9}, "momentum"), ("progress", {"seen": None}, "seen"), 
+        ("settings", {"classes": 5}, "classes is 5, not 4"), ("model", {"head.bias": torch.zeros(3)}, "head.bias"),
+        ("model", {"head.bias": None}, "head.bias"), ("optimizer", {"param_groups": []}, "does not fit"),
+    ):  # fmt: skip
+        changed = {key: value for key, value in (state[part] | change).items() if value is not None}
+        file = io.BytesIO()
+        torch.save(state | {part: changed}, file)
+        cases.append((file.getvalue(), said))
+    for content, said in cases:
+        path.write_bytes(content)
+        status, printed = fit("--resume")
+        assert status == 2 and said in printed and len(printed.splitlines()) == 1 and "last.pt" in printed + "last.pt"
+        assert path.read_bytes() == content
+
+
+def test_two_runs_in_one_folder(faulty):
+    """Two runs that overwrite each other's checkpoints."""
+    process = faulty.start("--epochs", 1000)
+    while not faulty.taken():
+        time.sleep(0.01)
+    for flags in ("--overwrite", "--resume"):
+        if flags == "--overwrite" or (faulty.run / "last.pt").exists():
+            status, printed = faulty.finish("--epochs", 1000, flags)
+            assert status == 2 and printed.splitlines()[-1].startswith("train.py: another run is at work in"), printed
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 128 + signal.SIGTERM
+
+
 def test_usage_errors(fit, tmp_path):
     """A traceback, or a run that starts with other settings than were asked for."""
     assert fit("--stop-after 2")[0] == 0
@@ -1475,7 +1728,7 @@ def test_usage_errors(fit, tmp_path):
         ("--resume --out nowhere", "nowhere"), ("--overwrite --batch 7 --accumulate 2", "--batch 7"),
         ("--overwrite --temporal-window 5", "temporal_window = 5"), ("--overwrite --amp fp16", "fp16"),
         ("--resume --data pennaction", "--data synthetic"), ("--resume --hide joints", "hide is none, not joints"),
-        ("--resume --overwrite", "--overwrite"), ("--resume --preset small", "channels is 4, not 16"),
+        ("--resume --overwrite", "--overwrite"), ("--resume --preset small", "kernel is 3, not 7"),
         ("--overwrite --hide me", "joints"),
         ("--overwrite --root x", "--root"), ("--overwrite --seed -1", "seed"), ("--overwrite --lr nan", "lr"),
         ("--frames many", "--frames"), ("--no-such", "--no-such"), (f"--out {tmp_path}/noise.pt", "noise.pt"),

@@ -8,6 +8,8 @@ A run writes `last.pt`, `best.pt` and `log.jsonl` (a line an epoch) to its folde
 crash, it goes on with the same command and `--resume`, also in the middle of an epoch. Nothing random depends on what
 came before: every draw is a function of (seed, epoch, clip). So a resumed run on CPU ends with the very weights of a
 run that was never stopped, and a checkpoint needs no state of a random generator.
+
+Exit status: 0 done, 1 the run could not go on, 2 a flag or file that cannot be used, 128 + n stopped by signal n.
 """
 
 import argparse
@@ -19,7 +21,7 @@ import subprocess
 import sys
 import textwrap
 import time
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, field, fields
 from itertools import islice
 from pathlib import Path
@@ -28,6 +30,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch.distributed.elastic.multiprocessing.errors import record
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -35,9 +38,16 @@ from tqdm import tqdm
 import data
 from d3t import D3T, Settings, setting
 
+with suppress(ImportError):  # not on Windows, where nothing keeps two runs out of one folder
+    import fcntl
+
 
 class UsageError(Exception):
     """A flag or a file that cannot be used; the message names it and says what was expected."""
+
+
+class RunError(Exception):
+    """A run that cannot go on; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +106,13 @@ class World:
         device = torch.device(device, int(os.environ.get("LOCAL_RANK", 0))) if device == "cuda" else torch.device("cpu")
         if device.type == "cuda":
             torch.cuda.set_device(device)
+        if (
+            os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
+            and os.environ["TORCHELASTIC_USE_AGENT_STORE"] == "True"
+        ):
+            raise UsageError(  # pytorch issue 135712: restarted processes look for each other where they were before
+                "torchrun --max-restarts works only with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its environment"
+            )
         if size > 1:
             dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
         return cls(rank, size, device)
@@ -162,7 +179,8 @@ def load_batches(dataset: data.Dataset, batches: list, workers: int, device: tor
 
 def leave_group(worker: int):
     """Ctrl-C and SIGTERM go to a whole group: they are for the training process, which ends its loaders itself."""
-    os.setpgrp()
+    if hasattr(os, "setpgrp"):  # not on Windows
+        os.setpgrp()
 
 
 def inputs(batch: dict, device: torch.device) -> list[torch.Tensor]:
@@ -201,6 +219,7 @@ class Run:
     scaler: torch.amp.GradScaler
     progress: Progress
     clips: int  # to train on
+    lock: list  # the open file that keeps other runs out of the folder
     signal: int = 0  # that asked the run to stop
 
     def autocast(self):
@@ -250,22 +269,41 @@ def train_one_epoch(run: Run, dataset: data.Dataset) -> bool:
     )
     begin = time.time() - progress.seconds
     losses = torch.tensor(progress.loss, dtype=torch.float64, device=world.device)  # stays there: no wait in a step
+    latest, finite = None, math.nan  # the step that is not known to be sound yet, and the loss of the one before it
+
+    def check():
+        """All processes stop where the loss of one of them is not finite."""
+        nonlocal finite
+        if not latest:
+            return
+        loss, norm, clips = latest
+        loss, norm = loss.item(), norm.item()
+        sound = math.isfinite(loss) and (math.isfinite(norm) or run.scaler.is_enabled())  # fp16 skips such a step
+        if world.sum(not sound):
+            parts = world.gather([(loss, clips)])
+            blamed = [part for part in parts if not math.isfinite(part[0])]
+            names = ", ".join(name for _, clips in blamed or parts for name in clips)  # a gradient is that of all
+            raise RunError(
+                f"the {'loss' if blamed else 'gradient'} is not finite, at a step on {names}. The last finite loss "
+                f"was {finite:.4f}; the last checkpoint stays"
+            )
+        finite = loss
 
     def save():
+        check()
         progress.loss, progress.seconds = world.sum(losses.item()).item() / world.size, time.time() - begin
-        if not math.isfinite(progress.loss):
-            raise data.DataError(
-                f"the loss is {progress.loss} at step {progress.step}; the last checkpoint stays as it is"
-            )
         save_checkpoint(run, "last.pt")
 
     while step := list(islice(loader, recipe.accumulate)):
         rate = learning_rate(recipe, progress.epoch + (progress.seen + recipe.batch) / len(dataset))
         for group in run.optimizer.param_groups:
             group["lr"] = rate
-        losses += backward(run, step) * recipe.batch
+        loss = backward(run, step)
+        losses += loss * recipe.batch
         run.scaler.unscale_(run.optimizer)
-        torch.nn.utils.clip_grad_norm_(run.model.parameters(), recipe.clip)
+        norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), recipe.clip)
+        check()  # the step before: while this process waits for it, the device has the next one to work on
+        latest = loss, norm, [name for batch in step for name in batch["name"]]
         run.scaler.step(run.optimizer)
         run.scaler.update()
         run.optimizer.zero_grad(set_to_none=True)
@@ -297,7 +335,7 @@ def note_bad_clips(run: Run, bad: list[str], clips: int):
             if run.world.rank == 0:
                 print(f"\nwarning: a clip was replaced by another one: {reason[:500]}", file=sys.stderr, flush=True)
     if len(known) > max(1, clips / 100):
-        raise data.DataError(f"{len(known)} of {clips} clips, more than 1 %, cannot be read:\n" + "\n".join(known))
+        raise RunError(f"{len(known)} of {clips} clips, more than 1 %, cannot be read:\n" + "\n".join(known))
 
 
 @torch.no_grad()
@@ -316,6 +354,8 @@ def evaluate(run: Run, dataset: data.Dataset) -> dict:
         load_batches(dataset, batches, run.options.workers, world.device),
         desc="testing", unit="batch", leave=False, disable=world.rank > 0 or None,
     ):  # fmt: skip
+        if run.signal:  # the epoch was saved before its test
+            raise SystemExit(128 + run.signal)
         video, joints, visible, label = inputs(batch, world.device)
         with run.autocast():
             hit = run.model(video, joints, visible).argmax(-1) == label
@@ -335,6 +375,18 @@ def evaluate(run: Run, dataset: data.Dataset) -> dict:
 # --------------------------------------------------------------------------------------------------------------------
 
 
+def claim(folder: Path):
+    """Make the folder of a run and lock it while this process lives: a killed one leaves no lock behind."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = (folder / "lock").open("w")
+    try:
+        if "fcntl" in globals():
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not inherited by loading processes
+    except OSError:
+        raise UsageError(f"another run is at work in {folder}: use another --out") from None
+    return file
+
+
 def save_checkpoint(run: Run, name: str):
     """Written beside and renamed, so that a file of that name is always whole."""
     if run.world.rank > 0:
@@ -350,8 +402,16 @@ def save_checkpoint(run: Run, name: str):
         "data": run.options.data,
         "clips": run.clips,
     }
-    torch.save(state, path.with_suffix(".tmp"))
-    os.replace(path.with_suffix(".tmp"), path)
+    beside = path.with_suffix(".tmp")
+    try:
+        with beside.open("wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except (OSError, RuntimeError) as error:  # the disk is full
+        beside.unlink(missing_ok=True)
+        raise RunError(f"{path} cannot be written, the one before it stays: {first_line(error)}") from None
 
 
 def first_line(error: Exception) -> str:
@@ -362,11 +422,23 @@ def load_checkpoint(path: Path) -> dict:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         missing = {"model", "optimizer", "scaler", "progress", "settings", "recipe", "data", "clips"} - set(state)
+        if missing:
+            raise UsageError(f"it lacks {', '.join(sorted(missing))}")
+        for part, kind in (("settings", Settings), ("recipe", Recipe), ("progress", Progress)):
+            names = {f.name for f in fields(kind)}
+            if names != set(state[part]):
+                raise UsageError(f"it is of another version, {part} differ in {', '.join(names ^ set(state[part]))}")
     except Exception as error:
-        raise UsageError(f"{path} is no checkpoint of train.py: {first_line(error)}") from None
-    if missing:
-        raise UsageError(f"{path} is no checkpoint of train.py: it lacks {', '.join(sorted(missing))}")
+        reason = str(error) if isinstance(error, UsageError) else first_line(error)
+        raise UsageError(f"{path} is no checkpoint of this train.py: {reason}") from None
     return state
+
+
+def load_state(path: Path, part, state: dict):
+    try:
+        part.load_state_dict(state)
+    except Exception as error:
+        raise UsageError(f"{path} does not fit: {first_line(error)}") from None
 
 
 def load_trunk(model: D3T, path: Path):
@@ -452,7 +524,9 @@ def parse_args(words: list[str] | None) -> tuple[argparse.Namespace, dict]:
     if options.device == "cuda" and not torch.cuda.is_available():
         raise UsageError("--device cuda: torch sees no CUDA device")
     if options.resume and "last.pt" not in holds:
-        raise UsageError(f"--resume: there is no {options.out / 'last.pt'}")
+        if not int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):
+            raise UsageError(f"--resume: there is no {options.out / 'last.pt'}")
+        options.resume = False  # torchrun starts the first time, too, with the command that it starts again with
     if options.resume and (options.overwrite or options.weights):
         raise UsageError("--resume goes on with what is there: it does not go with --overwrite or --weights")
     if options.out.exists() and not options.out.is_dir():
@@ -518,6 +592,9 @@ def build(options: argparse.Namespace, given: dict) -> tuple[Run, data.Source]:
             f"warning: {len(source.missing)} clips are left out: {'; '.join(source.missing[:3])} ...", file=sys.stderr
         )
     settings, recipe = configure(options, given, source, saved, world)
+    lock = []
+    if not options.eval:
+        world.from_first(lambda: lock.append(claim(options.out)))
 
     torch.manual_seed(recipe.seed)
     model = D3T(settings).to(world.device)
@@ -525,7 +602,7 @@ def build(options: argparse.Namespace, given: dict) -> tuple[Run, data.Source]:
         if isinstance(module, torch.nn.Conv3d):
             module.to(memory_format=torch.channels_last_3d)  # the layout in which convolutions are faster
     if saved:
-        model.load_state_dict(saved["model"])
+        load_state(path, model, saved["model"])
     elif options.weights:
         load_trunk(model, options.weights)
     if world.size > 1 and options.device == "cuda":  # a process has few clips: batch statistics over all of them
@@ -545,9 +622,9 @@ def build(options: argparse.Namespace, given: dict) -> tuple[Run, data.Source]:
     scaler = torch.amp.GradScaler(options.device, enabled=options.amp == "fp16")
     progress = Progress()
     if options.resume:
-        optimizer.load_state_dict(saved["optimizer"])
+        load_state(path, optimizer, saved["optimizer"])
         if scaler.is_enabled() and saved["scaler"]:
-            scaler.load_state_dict(saved["scaler"])
+            load_state(path, scaler, saved["scaler"])
         progress = Progress(**saved["progress"])
 
     if world.rank == 0:
@@ -556,7 +633,7 @@ def build(options: argparse.Namespace, given: dict) -> tuple[Run, data.Source]:
         print(f"D3T {git_revision()}, {count:,} parameters, {world.size} x {where}, torch {torch.__version__}")
         values = vars(options) | asdict(recipe) | asdict(settings)
         print(textwrap.fill("  ".join(f"{name}={value}" for name, value in values.items()), 118), flush=True)
-    return Run(world, settings, recipe, options, model, net, optimizer, scaler, progress, train), source
+    return Run(world, settings, recipe, options, model, net, optimizer, scaler, progress, train, lock), source
 
 
 def fit(run: Run, train: data.Dataset, test: data.Dataset) -> int:
@@ -564,12 +641,11 @@ def fit(run: Run, train: data.Dataset, test: data.Dataset) -> int:
     world, recipe, options, progress = run.world, run.recipe, run.options, run.progress
     log = options.out / "log.jsonl"
     if world.rank == 0:
-        options.out.mkdir(parents=True, exist_ok=True)
-        lines = log.read_text().splitlines(keepends=True) if options.resume and log.exists() else []
-        log.write_text("".join(lines[: progress.epoch]))  # an epoch that ended after the checkpoint is run again
         if not options.resume:
-            for name in ("last.pt", "best.pt"):
+            for name in ("last.pt", "best.pt", "log.jsonl"):
                 (options.out / name).unlink(missing_ok=True)
+        elif log.exists():  # an epoch that ended after the checkpoint is run again
+            log.write_text("".join(log.read_text().splitlines(keepends=True)[: progress.epoch]))
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, run.on_signal)
 
@@ -624,14 +700,21 @@ def main(words: list[str] | None = None) -> int:
         if run.world.rank == 0:
             print(json.dumps(result))
         return 0
-    except (UsageError, data.DataError) as error:
+    except (UsageError, RunError, data.DataError, OSError) as error:
         reason = str(error).strip().split("\ndata.BadClip: ")[-1]  # a loading process wraps it in its traceback
         print(f"train.py: {reason}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+            raise
+        print(f"train.py: rank {os.environ.get('RANK')} lost another one: {first_line(error)}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:  # before or after training, which has handlers of its own
+        return 128 + signal.SIGINT
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(record(main)())  # by which torchrun shows the exception of the rank that failed first
