@@ -29,6 +29,7 @@ import d3t
 import data
 import train
 from d3t import D3T, Settings
+from tools import ablate, explain
 
 HERE = Path(__file__).parent
 DOUBLE = torch.float64
@@ -629,6 +630,24 @@ def test_explanation_is_the_attention_of_the_modal_tokens():
             for place, share in zip(places, given):
                 shares[place].append(share)
         close(said.joints[b, 0], np.array([[np.mean(shares[t, r]) for r in range(R)] for t in range(T)]))
+        block = part(w, "blocks.0.")
+        p, cls_joint, pose = loop_joint_stride(
+            p, cls_3d, m[2], part(block, "joint."), s.heads, s.joint_window, s.joint_stride
+        )
+        fused = np.array(
+            [block["fuse.weight"] @ np.concatenate(c) + block["fuse.bias"] for c in zip(cls_3d, cls_joint)]
+        )
+        frames = [np.concatenate([z[t], p[t], [rgb[t], fused[t], pose[t]]]) for t in range(T)]
+        rows = {t: [] for t in range(T)}
+        for start in loop_starts(T, s.temporal_window, s.temporal_stride):
+            window = range(start, start + s.temporal_window)
+            for t in window:
+                given = loop_weights(frames[t][-3:], np.concatenate([frames[u] for u in window]),
+                                     part(block, "temporal.attention."), s.heads).mean(0)  # fmt: skip
+                row = np.zeros(T)
+                row[window] = given.reshape(len(window), -1).sum(1)
+                rows[t].append(row)
+        close(said.frames[b, 0], np.array([np.mean(rows[t], 0) for t in range(T)]))
     close(said.frames.sum(-1), np.ones((2, 1, T)))
     without = D3T(small(modal_tokens=0, joint_attention=False)).eval().explain(video, joints, visible)
     assert without.joints is None and without.frames.shape == (2, 2, T, T)
@@ -1278,6 +1297,13 @@ def log_of(folder):
     return [{k: v for k, v in line.items() if k not in ("seconds", "clips_per_second")} for line in lines]
 
 
+def test_checkpointing_changes_nothing(fit, tmp_path):
+    """Blocks that are computed again with other numbers."""
+    assert fit("--stop-after 3")[0] == 0 and fit("--stop-after 3 --checkpointing", out="again")[0] == 0
+    plain, again = checkpoint(tmp_path / "run")["model"], checkpoint(tmp_path / "again")["model"]
+    assert all(torch.equal(plain[key], again[key]) for key in plain)
+
+
 @pytest.mark.parametrize("stop, workers", [(1, 0), (3, 2), (5, 1), (8, 0)])
 def test_a_resumed_run_is_the_uninterrupted_run(fit, tmp_path, stop, workers):
     """Anything that a checkpoint forgets: the place in the epoch, the optimizer, the schedule, the best result."""
@@ -1785,26 +1811,109 @@ def test_it_learns():
     assert loss < 0.2
 
 
-def test_pictures(fit, tmp_path):
+def test_pictures(fit, tmp_path, capsys):
     """A tool that draws another clip than it names, or meets a wrong clip or checkpoint with a traceback."""
     pytest.importorskip("matplotlib", reason="needs matplotlib, for pictures")
     assert fit("--epochs 1 --blocks 2")[0] == 0
     best, out = tmp_path / "run" / "best.pt", tmp_path / "out"
     done = python("-m", "tools.explain", best, "--clips", 0, 7, "--out", out, cwd=HERE)
     assert done.returncode == 0 and "test 7: " in done.stdout, done.stderr
+    assert explain.main([str(best), "--boxes", "2"]) == 0 and "joint attention, block 2" in capsys.readouterr().out
     names = [f"test-{i}{ending}" for i in (0, 7) for ending in ("-joints.png", "-overview.png", "-tokens.png", ".npz")]
-    assert sorted(path.name for path in out.iterdir()) == names
+    assert sorted(path.name for path in out.iterdir()) == ["curve.png", *names]
     clip = data.Dataset(data.synthetic(train=1, test=8), "test", 4, 16, 16)[7]
     with np.load(out / "test-7.npz") as arrays:
         assert arrays["label"] == clip["label"] and arrays["frames"].shape == (2, 4, 4)
         assert abs(arrays["probabilities"].sum() - 1) < 1e-5
         assert np.allclose(arrays["tokens"].sum((1, 2, 3)), arrays["selected"].sum((1, 2, 3)), atol=1e-5)
     for words, said in (
-        ((best, "--clips", 512), "0 to 511"), ((tmp_path / "gone.pt",), "gone.pt"),
+        ((best, "--clips", 11), "0 to 10"), ((tmp_path / "gone.pt",), "gone.pt"),
         ((best, "--data", "pennaction", "--root", tmp_path), "Penn Action"),
     ):  # fmt: skip
-        done = python("-m", "tools.explain", *words, cwd=HERE)
-        assert done.returncode == 2 and said in done.stderr and len(done.stderr.splitlines()) == 1
+        assert explain.main([*map(str, words), "--out", str(out)]) == 2
+        errors = capsys.readouterr().err
+        assert said in errors and len(errors.splitlines()) == 1
+
+
+def test_shares_of_the_boxes():
+    """Boxes of the wrong figure, frame or axis; half a token off."""
+    torch.manual_seed(0)
+    source = data.synthetic(train=1, test=3)
+    model = D3T(Settings(**{**dataclasses.asdict(small(blocks=2)), "joints": 13, "classes": 4})).eval()
+    torch.nn.init.normal_(model.blocks[0].deformable.search.offset.weight)
+    clips = data.Dataset(source, "test", 5, 24, 34)
+    shares = explain.box_shares(model, clips, 3)
+    assert np.array_equal(shares["token attention, block 1"][::2], shares["token attention, block 1"][1::2, ::-1])
+    for number, clip in enumerate(source.clips["test"]):
+        figures = [dataclasses.replace(clip, joints=np.float32(figure)) for figure in clip.media[0]]
+        item = clips.load(figures[1], None)  # the second figure acts
+        said = model.explain(item["video"][None], item["joints"][None], item["visible"][None])
+        expected = np.zeros((3, 2))
+        for column, figure in enumerate(figures[::-1]):
+            whole = dataclasses.replace(figure, visible=np.ones((16, 13), bool))
+            low, high = (lambda j: (j.amin(1).numpy(), j.amax(1).numpy()))(clips.load(whole, None)["joints"])
+            for t, h, w in np.ndindex(5, 3, 5):
+                y, x = (8 * at - 4 + 8 * (np.arange(100) + 0.5) / 100 for at in (h, w))
+                part = ((y >= low[t, 1]) & (y <= high[t, 1])).mean() * ((x >= low[t, 0]) & (x <= high[t, 0])).mean()
+                expected[0, column] += said.tokens[0, 1, t, h, w] / said.tokens[0, 1].sum() * part
+            points = said.points[0, 1].reshape(-1, 3).tolist()
+            for t, h, w in points:
+                at = round(t)
+                inside = low[at, 0] <= 8 * w <= high[at, 0] and low[at, 1] <= 8 * h <= high[at, 1]
+                expected[1, column] += inside / len(points)
+            for t, r in np.argwhere(item["visible"].numpy()):
+                x, y = item["joints"][t, r].tolist()
+                inside = low[t, 0] <= x <= high[t, 0] and low[t, 1] <= y <= high[t, 1]
+                expected[2, column] += inside * said.joints[0, 1, t, r] / said.joints[0, 1].sum()
+        for name, values in zip(("token attention", "points", "joint attention"), expected):
+            assert np.allclose(shares[f"{name}, block 2"][2 * number + 1], values, atol=0.01), name
+
+
+def test_ablation(penn, tmp_path, capsys):
+    """Rows with other settings than they say; runs that are trained twice, or taken for those of other settings."""
+    flags = ["--data", "pennaction", "--root", penn, *SMALL.split(), "--epochs", "1", "--frames", "4"]
+
+    def run(*words):
+        status = ablate.main([*map(str, words), "--out", str(tmp_path), *map(str, flags)])
+        return status, *capsys.readouterr()
+
+    command = ["table5", "--seeds", 0, "--jobs", 2]
+    status, printed, errors = run(*command)
+    assert status == 0, errors
+    (folder,) = tmp_path.glob("pennaction-*")
+    for name, tokens in (("as-it-is", 3), ("modal-tokens-1", 1), ("modal-tokens-0", 0)):
+        assert checkpoint(folder / name / "seed-0")["settings"]["modal_tokens"] == tokens
+    assert (folder / "table5.md").read_text().count("| 99.7 |") == 1
+    path = folder / "as-it-is" / "seed-0" / "last.pt"
+    before = path.read_bytes()
+    again = run(*command)
+    assert again[0] == 0 and again[1].splitlines()[-9:] == printed.splitlines()[-9:] and path.read_bytes() == before
+    state = checkpoint(path.parent)
+    state["recipe"]["lr"] = 1.0
+    torch.save(state, path)
+    for words, said in (
+        (command, "lr is 1.0, not 0.0005"), (["table4", "--seed", 3], "--seeds"),
+        (["table4", "--no-such"], "--no-such"), (["table4", "--jobs", 0], "--jobs"),
+    ):  # fmt: skip
+        status, _, errors = run(*words)
+        assert status == 2 and said in errors and len(errors.splitlines()) == 1
+
+
+def test_rows_of_the_ablations():
+    """A row that the command line refuses, two rows that are the same model, a spread that is none."""
+    for frames in (6, 8, 12):
+        settings = Settings(frames=frames)
+        for what in ablate.ABLATIONS:
+            rows = ablate.rows_of(what, settings)
+            for row in rows:
+                given = train.parse_args([*row.flags.split(), "--out", "none"])[1]
+                assert dataclasses.replace(settings, **given) == settings or row.flags
+            assert sum(not row.flags for row in rows) == 1 and len({row.flags for row in rows}) == len(rows)
+    names = [row.name for row in ablate.rows_of("fig7a", Settings(frames=6))]
+    assert "window 4, stride 4" not in names and "window 6, stride 3" not in names  # same windows as 4, 2 and 6, 1
+    rows = [ablate.Row("a", "--x"), ablate.Row("b", "--y"), ablate.Row("c", "")]
+    lines = ablate.table(rows, [[1.0, 2.0], [4.0, 6.0], [1.5, 3.0]]).splitlines()
+    assert "| 1.50 ± 0.71 | 1.00 .. 2.00 | -0.75 | no |" in lines[2] and "| +2.75 | yes |" in lines[3]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")

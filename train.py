@@ -13,6 +13,7 @@ Exit status: 0 done, 1 the run could not go on, 2 a flag or file that cannot be 
 """
 
 import argparse
+import functools
 import json
 import math
 import os
@@ -30,6 +31,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from torch.distributed.elastic.multiprocessing.errors import record
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
@@ -85,6 +87,12 @@ PRESETS = {  # what differs from the paper's
     ),
 }
 MAY_CHANGE = {"batch", "accumulate"}  # between the parts of a run that is resumed
+
+
+def preset(name: str) -> dict:
+    """Recipe and settings by name, but for what the data set knows."""
+    defaults = {f.name: f.default for kind in (Recipe, Settings) for f in fields(kind)}
+    return {k: v for k, v in defaults.items() if k not in ("classes", "joints")} | PRESETS[name]
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -493,6 +501,8 @@ def parse_args(words: list[str] | None) -> tuple[argparse.Namespace, dict]:
     add("--device", choices=("cpu", "cuda"), help="[cuda where there is one]")
     add("--amp", choices=("off", "bf16", "fp16"), help="mixed precision [fp16 with CUDA, off without]")
     add("--compile", action="store_true", help="torch.compile the training step")
+    text = "compute the blocks again in the backward pass, which takes less memory and more time"
+    add("--checkpointing", action="store_true", help=text)
 
     for title, kind in (("training", Recipe), ("model", Settings)):
         add = parser.add_argument_group(title, kind.__doc__).add_argument
@@ -510,8 +520,7 @@ def parse_args(words: list[str] | None) -> tuple[argparse.Namespace, dict]:
     synthetic = options.data == "synthetic"
     options.out = options.out or Path("runs", options.data)
     if options.resume and options.preset:  # asks for all that it fixes, so that a clash with the run is found
-        defaults = {f.name: f.default for kind in (Recipe, Settings) for f in fields(kind)}
-        given = {k: v for k, v in defaults.items() if k not in ("classes", "joints")} | PRESETS[options.preset] | given
+        given = preset(options.preset) | given
     options.preset = options.preset or ("tiny" if synthetic else "paper")
     options.workers = (1 if synthetic else 2) if options.workers is None else options.workers
     options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -601,6 +610,9 @@ def build(options: argparse.Namespace, given: dict) -> tuple[Run, data.Source]:
     for module in model.modules():
         if isinstance(module, torch.nn.Conv3d):
             module.to(memory_format=torch.channels_last_3d)  # the layout in which convolutions are faster
+    if options.checkpointing:
+        for block in model.blocks:
+            block.forward = functools.partial(torch.utils.checkpoint.checkpoint, block.forward, use_reentrant=False)
     if saved:
         load_state(path, model, saved["model"])
     elif options.weights:

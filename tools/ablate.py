@@ -14,7 +14,7 @@ import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -66,7 +66,7 @@ def rows_of(ablation: str, settings: Settings) -> list[Row]:
 def expected(words: list[str]) -> tuple[argparse.Namespace, dict]:
     """What a run with these flags has for options, and for settings of model and training."""
     options, given = train.parse_args(words)
-    return options, train.PRESETS[options.preset] | given
+    return options, train.preset(options.preset) | given
 
 
 def train_row(folder: Path, words: list[str], jobs: int) -> float:
@@ -142,7 +142,7 @@ def plot(rows: list[Row], found: list[list[float]], x: str, path: Path):
     plt.close(figure)
 
 
-def main() -> int:
+def main(words: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -150,21 +150,20 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="N", help="[0 1 2]")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time, which share the cores [1]")
     parser.add_argument("--out", type=Path, default=Path("ablations"), metavar="DIR", help="[ablations]")
-    options, shared = parser.parse_known_args()
+    options, shared = parser.parse_known_args(words)
     try:
         if options.jobs < 1:
             raise train.UsageError(f"--jobs must be 1 or more, not {options.jobs}")
         if options.what.startswith("fig"):
             data.need("matplotlib", "matplotlib", "to draw the plot")
         flags, values = expected([*shared, "--out", str(options.out / "new")])
-        if "seed" in values or flags.resume or flags.overwrite or flags.eval:
+        if values["seed"] or flags.resume or flags.overwrite or flags.eval:
             raise train.UsageError("leave --seed, --resume, --overwrite and --eval to this tool; it has --seeds")
-        values = asdict(Settings(frames=values.get("frames", Settings.frames))) | values
-        settings = Settings(**{k: v for k, v in values.items() if k in asdict(Settings())})
+        settings = Settings(**{f.name: values[f.name] for f in fields(Settings) if f.name in values})
         place = options.out / "-".join([flags.data, *shared]).replace("--", "").replace("/", "_")
         rows = rows_of(options.what, settings)
         found = train_rows(rows, place, shared, options.seeds, options.jobs)
-        text = f"`python -m tools.ablate {' '.join(sys.argv[1:])}`\n\n{table(rows, found)}\n"
+        text = f"`python -m tools.ablate {' '.join(words or sys.argv[1:])}`\n\n{table(rows, found)}\n"
         (place / f"{options.what}.md").write_text(text)
         print(f"\n{text}")
         if options.what.startswith("fig"):

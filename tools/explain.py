@@ -4,7 +4,8 @@
 
 writes to --out, for each clip of the test split: NAME-tokens.png (Fig. 5: attention on the tokens that 3DTS selected,
 placed back where they were read, and the points), NAME-joints.png (Fig. 6: attention on each joint in each frame),
-NAME-overview.png (attention between frames, the Gaussian of a joint, the classes) and NAME.npz with the arrays.
+NAME-overview.png (attention between frames, the Gaussian of a joint, the classes) and NAME.npz with the arrays; and
+curve.png, the loss and accuracy of the run.
 
     python -m tools.explain runs/synthetic/best.pt --boxes 100
 
@@ -12,6 +13,7 @@ measures on the synthetic clips, where two figures act, whether the attention go
 """
 
 import argparse
+import json
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -114,45 +116,43 @@ def draw_overview(plt, item: dict, said: dict, model: D3T, source: data.Source, 
     plt.close(figure)
 
 
-def box_shares(model: D3T, source: data.Source, clips: data.Dataset, count: int) -> dict[str, np.ndarray]:
-    """Share of what the model attends to in the box of the actor and in the box of the other figure.
+def box_shares(model: D3T, clips: data.Dataset, count: int) -> dict[str, np.ndarray]:
+    """Share of what the model attends to in the box of the actor and in that of the other figure: (2 * count, 2) each.
 
-    Each clip is shown twice, with the joints on the one and on the other of its two figures: the pixels are the same,
-    so a difference between the boxes is due to the joints alone. Mean over clips, 2 numbers for each row.
+    Each clip is shown twice, with the joints on the one and on the other of its two figures. The pixels are the same,
+    so a difference between the boxes is due to the joints alone.
     """
     shares = {}
-    for number in range(count):
-        clip, item = clips.clips[number], clips[number]
-        crops = []  # both figures with all their joints, in pixels of the crop
-        for figure in np.float32(clip.media[0]):
-            drawn = replace(clip, joints=figure, visible=np.ones(figure.shape[:2], bool))
-            crops.append(clips.load(drawn, np.random.default_rng(0))["joints"])
+    for clip in clips.clips[:count]:
+        whole = [replace(clip, joints=np.float32(f), visible=np.ones(f.shape[:2], bool)) for f in clip.media[0]]
+        crops = [clips.load(figure, np.random.default_rng(0))["joints"] for figure in whole]  # all joints of both
         low, high = (torch.stack([f(crop, 1) for crop in crops]).numpy() for f in (torch.amin, torch.amax))  # (2, T, 2)
+
+        def inside(places, t, low=low, high=high):  # x, y of places in frames t: whether they lie in the boxes, (2, n)
+            return ((places >= low[:, t]) & (places <= high[:, t])).all(-1)
+
         for actor in (0, 1):
-            followed = replace(clip, joints=np.float32(clip.media[0][actor]))
-            item = clips.load(followed, np.random.default_rng(0))
+            item = clips.load(replace(clip, joints=whole[actor].joints), np.random.default_rng(0))
             said = model.explain(item["video"][None], item["joints"][None], item["visible"][None])
-            order = [actor, 1 - actor]
+            found = {}
             for block in range(model.settings.blocks):
                 if said.tokens is not None:
                     tokens = said.tokens[0, block].numpy()
-                    edges = [8 * np.arange(n) - 4 for n in tokens.shape[1:]]  # token i is centred on pixel 8 i
-                    rows, columns = (  # the part of each token that lies in the box: (2, T, h) and (2, T, w)
-                        (np.minimum(high[..., a, None], e + 8) - np.maximum(low[..., a, None], e)).clip(0) / 8
-                        for a, e in zip((1, 0), edges)
+                    down, across = (  # the part of each token, centred on pixel 8 i, in the boxes: (2, T, h), (2, T, w)
+                        (np.minimum(high[..., a, None], 8 * n + 4) - np.maximum(low[..., a, None], 8 * n - 4)).clip(0)
+                        for a, n in zip((1, 0), map(np.arange, tokens.shape[1:]))
                     )
-                    inside = np.einsum("fth, ftw, thw -> f", rows, columns, tokens) / tokens.sum()
-                    shares.setdefault(f"token attention, block {block + 1}", []).append(inside[order])
+                    within = np.einsum("fth, ftw, thw -> f", down / 8, across / 8, tokens) / tokens.sum()
+                    found[f"token attention, block {block + 1}"] = within
                     t, y, x = said.points[0, block].reshape(-1, 3).numpy().T
-                    t, places = np.rint(t).astype(int), 8 * np.stack([x, y], -1)
-                    inside = ((places >= low[:, t]) & (places <= high[:, t])).all(-1).mean(-1)
-                    shares.setdefault(f"points, block {block + 1}", []).append(inside[order])
+                    within = inside(8 * np.stack([x, y], -1), np.rint(t).astype(int)).mean(-1)
+                    found[f"points, block {block + 1}"] = within
                 if said.joints is not None:
-                    joints = said.joints[0, block].numpy() * item["visible"].numpy()
-                    places = item["joints"].numpy()
-                    inside = ((places >= low[:, :, None]) & (places <= high[:, :, None])).all(-1)  # (2, T, R)
-                    inside = (inside * joints).sum((1, 2)) / said.joints[0, block].sum().item()
-                    shares.setdefault(f"joint attention, block {block + 1}", []).append(inside[order])
+                    given, seen = said.joints[0, block].numpy(), item["visible"].numpy()
+                    within = inside(item["joints"].numpy()[seen], np.nonzero(seen)[0]) @ given[seen] / given.sum()
+                    found[f"joint attention, block {block + 1}"] = within
+            for name, within in found.items():
+                shares.setdefault(name, []).append(within[[actor, 1 - actor]])
     return {name: np.array(values) for name, values in shares.items()}
 
 
@@ -161,16 +161,36 @@ def print_boxes(model: D3T, source: data.Source, clips: data.Dataset, count: int
     if not source.clips["test"] or source.read is not data.draw:
         raise train.UsageError("--boxes needs --data synthetic: only there the place of the other figure is known")
     torch.manual_seed(0)
-    untrained = box_shares(D3T(model.settings).eval(), source, clips, count)
-    trained = box_shares(model, source, clips, count)
-    print("| share in the box of | before: actor | other | after: actor | other |", "|---" * 5 + "|", sep="\n")
+    untrained = box_shares(D3T(model.settings).eval(), clips, count)
+    trained = box_shares(model, clips, count)
+    print("| share in the box of the | before: actor | other | after: actor | other | difference ± standard error |")
+    print("|---" * 6 + "|")
     for name, after in trained.items():
+        gap = (after[:, 0] - after[:, 1]).reshape(-1, 2).mean(1)  # a clip is shown twice
         cells = [f"{value:.3f}" for value in (*untrained[name].mean(0), *after.mean(0))]
-        gap = after[:, 0] - after[:, 1]
-        print(f"| {name} | {' | '.join(cells)} | {gap.mean() / (gap.std() / len(gap) ** 0.5):.1f}")
+        print(f"| {name} | {' | '.join(cells)} | {gap.mean():+.3f} ± {gap.std() / len(gap) ** 0.5:.3f} |")
 
 
-def main() -> int:
+def draw_curve(plt, log: Path, path: Path):
+    """Loss and accuracy of each epoch of the run that the checkpoint is from."""
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    epochs = [line["epoch"] for line in lines]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3))
+    left.plot(epochs, [line["loss"] for line in lines], marker="o")
+    left.set(xlabel="epoch", ylabel="training loss", xticks=epochs, ylim=(0, None))
+    right.plot(epochs, [100 * line["top1"] for line in lines], marker="o", label="top-1")
+    right.plot(epochs, [100 * line["mean_class"] for line in lines], marker="x", linestyle="--", label="mean class")
+    right.set(xlabel="epoch", ylabel="test accuracy (%)", xticks=epochs, ylim=(0, 103))
+    right.legend(loc="lower right")
+    for axis in (left, right):
+        axis.grid(alpha=0.3)
+        axis.xaxis.set_major_locator(plt.MaxNLocator(10, integer=True))
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def main(words: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--clips", type=int, nargs="+", default=[0], metavar="N", help="numbers in the test split [0]")
@@ -180,7 +200,7 @@ def main() -> int:
     parser.add_argument("--boxes", type=int, metavar="N", help="measure the first N test clips instead")
     data.add_flags(parser)
     parser.set_defaults(data=None)
-    options = parser.parse_args()
+    options = parser.parse_args(words)
     try:
         model, source, clips = load_model(options.checkpoint, options)
         if options.boxes:
@@ -219,6 +239,9 @@ def explain(options: argparse.Namespace, model: D3T, source: data.Source, clips:
         guess, label = said["probabilities"].argmax(), item["label"]
         sure = said["probabilities"][guess]
         print(f"{item['name']}: {source.classes[guess]} ({sure:.1%}), label {source.classes[label]}")
+    log = options.checkpoint.parent / "log.jsonl"
+    if log.exists() and log.stat().st_size:
+        draw_curve(plt, log, options.out / "curve.png")
 
 
 if __name__ == "__main__":
