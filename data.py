@@ -17,10 +17,14 @@ A source is a function that returns a `Source`: its clips with their joints, and
 import argparse
 import functools
 import importlib
+import io
+import math
 import os
 import pickle
 import re
+import struct
 import sys
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -31,6 +35,7 @@ import torch
 from tqdm import tqdm
 
 RESIZE = 8 / 7  # frames are scaled so that the crop takes 7/8 of the shorter side, as 224 of 256
+MOST_FRAMES = 100_000  # of a clip; what declares more is damaged, and would take all memory
 
 
 class DataError(Exception):
@@ -155,6 +160,26 @@ def need(module: str, package: str, why: str):
         raise DataError(f"{package} is needed {why}: pip install {package}") from None
 
 
+def reason(error: Exception) -> str:
+    return str(error) if " " in str(error) else repr(error)  # a word alone says too little
+
+
+def numbers(array: np.ndarray) -> np.ndarray:
+    """Real numbers of any type as float32; ValueError for text, objects, complex numbers and what is no array."""
+    if not isinstance(array, np.ndarray) or array.dtype.kind not in "biuf":
+        raise ValueError(f"{getattr(array, 'dtype', type(array))} where an array of numbers is expected")
+    return array.astype(np.float32)
+
+
+def frame_size(sides) -> tuple[int, int]:
+    """Height and width as integers; ValueError for what no camera takes, which can ask for all memory."""
+    height, width = sides
+    size = int(height), int(width)
+    if size != (height, width) or not 0 < max(size) <= min(8192, 16 * min(size)):
+        raise ValueError(f"frames of {height} x {width} pixels")
+    return size
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # The 13 joints of Penn Action, which the synthetic figures share
 # --------------------------------------------------------------------------------------------------------------------
@@ -165,21 +190,8 @@ PENN_JOINTS = [
 ]  # fmt: skip
 PENN_PAIRS = [(1, 2), (3, 4), (5, 6), (7, 8), (9, 10), (11, 12)]
 PENN_EDGES = [
-    (0, 1),
-    (0, 2),
-    (1, 2),
-    (1, 3),
-    (3, 5),
-    (2, 4),
-    (4, 6),
-    (1, 7),
-    (2, 8),
-    (7, 8),
-    (7, 9),
-    (9, 11),
-    (8, 10),
-    (10, 12),
-]
+    (0, 1), (0, 2), (1, 2), (1, 3), (3, 5), (2, 4), (4, 6), (1, 7), (2, 8), (7, 8), (7, 9), (9, 11), (8, 10), (10, 12),
+]  # fmt: skip
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -289,7 +301,7 @@ PENN_SPELLINGS = {  # the archive's README and its label files disagree on six n
 
 def penn_action(roots: list[Path]) -> Source:
     """ROOT/labels/0001.mat .. 2326.mat and ROOT/frames/0001/000001.jpg ..; the split is the labels' `train` field."""
-    loadmat = need("scipy.io", "scipy", "to read the labels of Penn Action").loadmat
+    need("scipy.io", "scipy", "to read the labels of Penn Action")
     need("PIL.Image", "pillow", "to read the frames of Penn Action")
     root = roots[0]
     labels = sorted((root / "labels").glob("*.mat"))
@@ -301,11 +313,44 @@ def penn_action(roots: list[Path]) -> Source:
     source = Source(PENN_ACTIONS, PENN_JOINTS, PENN_PAIRS, PENN_EDGES, read_jpegs)
     for path in labels:
         try:
-            split, clip = penn_label(loadmat(path), root / "frames" / path.stem)
+            split, clip = penn_label(read_label(path), root / "frames" / path.stem)
             source.clips[split].append(clip)
         except Exception as error:  # scipy raises many kinds on a damaged file
-            source.problems.append(f"{path}: {error}")
+            source.problems.append(f"{path}: {reason(error)}")
     return source
+
+
+def mat_elements(raw: bytes):
+    """Type and content of each element of a MAT-file of version 5, or of a variable in it."""
+    at = 0
+    while at < len(raw):
+        kind, size = struct.unpack_from("<2I", raw, at)
+        at += 8
+        if kind > 0xFFFF:  # up to four bytes lie where the size would
+            kind, size, at = kind & 0xFFFF, kind >> 16, at - 4
+        if at + size > len(raw):
+            raise ValueError("it breaks off")
+        yield kind, raw[at : at + size]
+        at += size + (-(at + size) % 8 if kind != 15 else 0)
+
+
+def read_label(path: Path) -> dict:
+    """The variables of a label file. One that is not a plain array is refused: scipy takes any memory, or crashes."""
+    from scipy.io import loadmat
+
+    raw = path.read_bytes()
+    if raw[:6] != b"MATLAB" or raw[124:128] != b"\0\1IM":
+        raise ValueError("not a MAT-file of version 5")
+    for kind, variable in mat_elements(raw[128:]):
+        if kind == 15:  # packed
+            kind, variable = next(mat_elements(zlib.decompressobj().decompress(variable, 2**20)))
+        (tag, info), (_, shape), _, (kind, values) = mat_elements(variable)
+        plain = info[0] in (4, *range(6, 16)) and not info[1] & 8  # text, or numbers that are not complex
+        if (tag, len(info)) != (6, 8) or not plain or kind not in (1, 2, 3, 4, 5, 6, 7, 9, 12, 13, 16):
+            raise ValueError("it holds more than plain arrays")
+        if math.prod(struct.unpack("<2i", shape)) > len(values):
+            raise ValueError("it breaks off")
+    return loadmat(io.BytesIO(raw))
 
 
 def penn_label(label: dict, folder: Path) -> tuple[str, Clip]:
@@ -321,18 +366,13 @@ def penn_label(label: dict, folder: Path) -> tuple[str, Clip]:
     if train not in (1, -1):
         raise ValueError(f"train is {train!r}, not 1 or -1")
     # some files hold unsigned integers, which wrap around below zero; MATLAB's first pixel is (1, 1)
-    joints = np.stack([label["x"], label["y"]], -1).astype(np.float32) - 1
-    visible = label["visibility"].astype(bool)  # joints that were never annotated sit at the first pixel, invisible
+    joints = numbers(np.stack([label["x"], label["y"]], -1)) - 1
+    visible = numbers(label["visibility"]) == 1  # joints that were never annotated sit at the first pixel, invisible
     if not len(joints) or joints.shape[1:] != (13, 2) or visible.shape != joints.shape[:2]:
-        raise ValueError(
-            f"x, y of shape {joints.shape[:2]}, visibility of shape {visible.shape}, expected (frames, 13)"
-        )
-    height, width = (int(side) for side in label["dimensions"].ravel()[:2])
-    if min(height, width) < 1:
-        raise ValueError(f"frames of {height} x {width} pixels")
-    return ("train" if train == 1 else "test"), Clip(
-        folder.name, PENN_ACTIONS.index(action), joints, visible, (height, width), folder
-    )
+        raise ValueError(f"x, y have shape {joints.shape[:2]}, visibility {visible.shape}, expected (frames, 13)")
+    size = frame_size(label["dimensions"].ravel()[:2])
+    clip = Clip(folder.name, PENN_ACTIONS.index(action), joints, visible, size, folder)
+    return ("train" if train == 1 else "test"), clip
 
 
 def read_jpegs(clip: Clip, frames: np.ndarray, size: tuple[int, int]) -> np.ndarray:
@@ -343,11 +383,12 @@ def read_jpegs(clip: Clip, frames: np.ndarray, size: tuple[int, int]) -> np.ndar
     for t, frame in enumerate(frames):
         path = clip.media / f"{frame + 1:06d}.jpg"
         try:
-            with Image.open(path) as image:
+            with Image.open(path, formats=["JPEG"]) as image:
+                frame_size(image.size[::-1])
                 image.draft("RGB", size[::-1])  # lets the decoder drop the detail that scaling would drop
                 video[t] = image.convert("RGB").resize(size[::-1], Image.Resampling.BILINEAR)
         except Exception as error:  # pillow raises many kinds on a damaged file
-            errors.append(f"{path}: {error}")
+            errors.append(f"{path}: {reason(error)}")
     if errors:
         raise BadClip("; ".join(errors))
     return video
@@ -360,9 +401,9 @@ def read_jpegs(clip: Clip, frames: np.ndarray, size: tuple[int, int]) -> np.ndar
 
 def find_files(roots: list[Path], endings: tuple[str, ...], name=lambda stem: stem) -> dict[str, Path]:
     """Files below the roots by `name(stem)`, whatever folders they are in."""
-    found, visited = {}, set()
-    for root in roots:
-        for folder, folders, files in os.walk(root, followlinks=True):
+    found, visited, errors = {}, set(), []
+    for root in filter(Path.exists, roots):
+        for folder, folders, files in os.walk(root, followlinks=True, onerror=errors.append):
             real = os.path.realpath(folder)
             if real in visited:  # a link back, or a root within a root
                 folders.clear()
@@ -373,22 +414,40 @@ def find_files(roots: list[Path], endings: tuple[str, ...], name=lambda stem: st
                 if file.lower().endswith(endings):
                     path = Path(folder, file)
                     found.setdefault(name(path.stem), path)
+    if errors:
+        raise errors[0]
     return found
 
 
 VIDEOS = (".avi", ".mp4", ".mkv", ".webm", ".mov")
+VIDEO_LIMITS = {"max_pixels": str(8192**2), "format_whitelist": "avi,mov,matroska,mpegts,flv"}  # none is a playlist
+
+
+def open_video(path: Path):
+    """The container of a file and its video, which is decoded on one thread: each loading process is one."""
+    import av
+
+    container = av.open(f"file:{path}", options=VIDEO_LIMITS)  # without file: a colon in the name makes a protocol
+    if not container.streams.video:
+        raise ValueError("no video in it")
+    stream = container.streams.video[0]
+    stream.thread_type, stream.codec_context.thread_count = "NONE", 1
+    stream.codec_context.options = VIDEO_LIMITS
+    frame_size((stream.height, stream.width))
+    return container, stream
 
 
 def video_length(path: Path) -> int:
     """Frames of a video by its header, or, where that does not say, its packets."""
-    import av
-
     try:
-        with av.open(str(path)) as container:
-            stream = container.streams.video[0]
-            return stream.frames or sum(packet.size > 0 for packet in container.demux(stream))
+        container, stream = open_video(path)
+        with container:
+            n = stream.frames or sum(packet.size > 0 for packet in container.demux(stream))
+        if not 0 < n <= MOST_FRAMES:
+            raise ValueError(f"{n} frames")
+        return n
     except Exception as error:  # av raises many kinds on a damaged file
-        raise BadClip(f"{path}: {error}") from None
+        raise BadClip(f"{path}: {reason(error)}") from None
 
 
 def read_video(path: Path, frames: np.ndarray, size: tuple[int, int]) -> np.ndarray:
@@ -398,15 +457,13 @@ def read_video(path: Path, frames: np.ndarray, size: tuple[int, int]) -> np.ndar
     stamps, so seeking gains nothing and time stamps name the wrong frame. Only the frames asked for are converted,
     and scaled while they are. A file that breaks off gives the frames before the break.
     """
-    import av
     from av.video.reformatter import VideoReformatter
 
-    wanted, pictures, count, reason = set(frames.tolist()), {}, 0, "it has no more"
+    wanted, pictures, count, why = set(frames.tolist()), {}, 0, "it has no more"
     scaler = VideoReformatter()  # one for all frames: setting it up costs more than scaling
     try:
-        with av.open(str(path)) as container:
-            stream = container.streams.video[0]
-            stream.thread_type, stream.codec_context.thread_count = "NONE", 1  # each loading process is a thread
+        container, stream = open_video(path)
+        with container:
             for picture in container.decode(stream):
                 if count in wanted:
                     picture = scaler.reformat(picture, size[1], size[0], "rgb24", interpolation="BILINEAR")
@@ -415,9 +472,9 @@ def read_video(path: Path, frames: np.ndarray, size: tuple[int, int]) -> np.ndar
                 if len(pictures) == len(wanted):
                     break
     except Exception as error:  # av raises many kinds on a damaged file
-        reason = str(error)
+        why = reason(error)
     if len(pictures) < len(wanted):
-        raise BadClip(f"{path}: frame {min(wanted - pictures.keys())} of {count} readable ones was asked for: {reason}")
+        raise BadClip(f"{path}: frame {min(wanted - pictures.keys())} of {count} readable ones was asked for: {why}")
     return np.stack([pictures[frame] for frame in frames.tolist()])
 
 
@@ -514,10 +571,14 @@ def ntu_annotate(clip: Clip) -> Clip:
     """A clip with the joints of its skeleton file, as long as the shorter of video and skeleton."""
     video, path = clip.media
     try:
+        if path.stat().st_size > 2**25:  # six bodies in each of 2,000 frames
+            raise ValueError("too large for a skeleton")
         joints, visible = two_persons(*parse_skeleton(path.read_bytes()))
-    except (OSError, ValueError, IndexError, OverflowError, MemoryError) as error:
-        raise BadClip(f"{path}: {str(error) or 'it breaks off'}") from None
-    n = min(len(joints), video_length(video) or len(joints))
+    except IndexError:
+        raise BadClip(f"{path}: it breaks off") from None
+    except (OSError, ValueError, OverflowError, MemoryError) as error:
+        raise BadClip(f"{path}: {reason(error)}") from None
+    n = min(len(joints), video_length(video))
     if not n:
         raise BadClip(f"{path}: no frames")
     return replace(clip, joints=joints[:n], visible=visible[:n])
@@ -531,6 +592,8 @@ def parse_skeleton(text: bytes) -> tuple[int, np.ndarray, np.ndarray, np.ndarray
     """
     lines = text.split(b"\n")
     frames, at = int(lines[0]), 1
+    if frames > MOST_FRAMES:
+        raise ValueError(f"{frames} frames")
     when, ids, rows = [], [], []
     for frame in range(frames):
         bodies, at = int(lines[at]), at + 1
@@ -543,9 +606,11 @@ def parse_skeleton(text: bytes) -> tuple[int, np.ndarray, np.ndarray, np.ndarray
             ids.append(int(lines[at].split(None, 1)[0]))
             rows += lines[at + 2 : at + 27]
             at += 27
+    if len(set(ids)) > 256:  # the search for persons compares them all; the Kinect sees six at once
+        raise ValueError(f"{len(set(ids))} different bodies")
     fields = np.fromstring(b" ".join(rows), sep=" ") if rows else np.empty(0)
-    if fields.size != len(ids) * 25 * 12:
-        raise ValueError(f"{fields.size} numbers for {len(ids)} bodies, expected 25 x 12 each")
+    if fields.size != len(ids) * 25 * 12 or any(len(row.split()) != 12 for row in rows):
+        raise ValueError(f"{fields.size} numbers for {len(ids)} bodies, expected 25 lines of 12 each")
     return frames, np.array(when, int), np.array(ids, np.int64), fields.reshape(-1, 25, 12)
 
 
@@ -587,7 +652,7 @@ def two_persons(frames: int, when: np.ndarray, ids: np.ndarray, fields: np.ndarr
         colour = fields[rows][..., 5:7]
         with np.errstate(over="ignore"):
             joints[when[rows], 25 * slot : 25 * slot + 25] = colour
-        inside = (colour >= 0) & (colour < NTU_SIZE[::-1]) & (fields[rows][..., 11:] > 0)  # false for NaN
+        inside = (colour >= 0) & (colour < NTU_SIZE[::-1]) & np.isin(fields[rows][..., 11:], (1, 2))  # false for NaN
         visible[when[rows], 25 * slot : 25 * slot + 25] = inside.all(-1) & colour.any(-1)
     return joints, visible
 
@@ -608,22 +673,40 @@ COCO_EDGES = [
 ]  # fmt: skip
 
 
-class ArrayUnpickler(pickle.Unpickler):
-    """Reads plain containers, numbers, strings and numpy arrays, and refuses all else: a pickle can run any code."""
+class ArrayUnpickler(pickle._Unpickler):
+    """Reads plain containers, numbers, strings and numpy arrays, and refuses all else: a pickle can run any code.
+
+    It is Python's: the one in C takes the memory that the number of a damaged object asks for.
+    """
+
+    known = {
+        "numpy.ndarray": "named, and never called",
+        "numpy.dtype": lambda code, *_: np.dtype(code),
+        "numpy.core.multiarray._reconstruct": lambda *_: np.empty(0),
+        "numpy.core.multiarray.scalar": lambda kind, raw: np.frombuffer(raw, kind)[0],
+        "numpy.core.numeric._frombuffer": lambda raw, kind, shape, o: np.frombuffer(raw, kind).reshape(shape, order=o),
+        "collections.OrderedDict": dict,
+        "_codecs.encode": lambda text, _: text.encode("latin1"),  # how protocol 2 writes bytes,
+        **dict.fromkeys(("__builtin__.bytes", "builtins.bytes"), lambda: b""),  # and none
+    }
 
     def find_class(self, module: str, name: str):
-        if name == "bytes":  # how protocol 2 writes no bytes
-            return lambda: b""
-        if (module, name) == ("_codecs", "encode"):  # and some
-            return lambda text, _: text.encode("latin1")
-        core = module.replace("numpy._core", "numpy.core")  # numpy 2 and numpy 1
-        if (core, name) in {
-            ("numpy", "ndarray"), ("numpy", "dtype"), ("numpy.core.multiarray", "_reconstruct"),
-            ("numpy.core.multiarray", "scalar"), ("numpy.core.numeric", "_frombuffer"), ("collections", "OrderedDict"),
-        }:  # fmt: skip
-            here = "numpy._core" if hasattr(np, "_core") else "numpy.core"
-            return super().find_class(core.replace("numpy.core", here), name)
-        raise pickle.UnpicklingError(f"it wants {module}.{name}, which no data set needs")
+        known = self.known.get(f"{module}.{name}".replace("numpy._core", "numpy.core"))  # numpy 2 and numpy 1
+        if known is None:
+            raise pickle.UnpicklingError(f"it wants {module}.{name}, which no data set needs")
+        return known
+
+    def load_build(self):  # a damaged dtype, or an array of objects, makes numpy's own `__setstate__` crash
+        state, made = self.stack.pop(), self.stack[-1]
+        if isinstance(made, np.ndarray) and not made.size and not state[2].hasobject:
+            made.__setstate__(state)
+        elif isinstance(made, np.dtype) and state[1] == ">":
+            raise pickle.UnpicklingError("an array in it is big-endian")
+
+    def load_bytearray8(self):  # Python's takes the memory that it is told of before it reads
+        self.append(bytearray(self.read(int.from_bytes(self.read(8), "little"))))
+
+    dispatch = pickle._Unpickler.dispatch | {pickle.BUILD[0]: load_build, pickle.BYTEARRAY8[0]: load_bytearray8}
 
 
 def clip_key(name: str) -> str:
@@ -636,41 +719,44 @@ def pyskl(roots: list[Path], annotations: list[Path], splits: tuple[str, str] = 
     """A pickle {split, annotations}, or two plain lists for train and test; videos are named by frame_dir."""
     need("av", "av", "to read the videos of this data set")
     videos = find_files(roots, VIDEOS, clip_key)
-    entries = {"train": [], "test": []}
-    for path, only in zip(annotations, ("train", "test")):
+    source, persons, labels = Source([], [], [], [], read_media, pyskl_annotate), 1, 0
+    for path, only in zip(annotations, source.clips):
         try:
             with path.open("rb") as file:
                 content = ArrayUnpickler(file).load()
-            if isinstance(content, list):
-                entries[only] = content
-                continue
-            names = {name: set(map(str, content["split"][split])) for name, split in zip(entries, splits)}
-            for name, chosen in names.items():
-                entries[name] = [e for e in content["annotations"] if frame_dir(e) in chosen]
+            listed, wanted = content, {only: None}
+            if not isinstance(content, list):
+                listed, known = list(content["annotations"]), content["split"]
+                if not {*splits} <= {*map(clip_name, known)}:
+                    raise ValueError(f"it has no {' or '.join(splits)}; its splits are {[*known]}")
+                wanted = {key: set(map(clip_name, known[split])) for key, split in zip(source.clips, splits)}
         except FileNotFoundError:
             raise DataError(f"no annotations at {path}: expected a pickle in the form of pyskl") from None
-        except KeyError as error:
-            known = list(content["split"]) if isinstance(content, dict) and "split" in content else []
-            raise DataError(f"{path}: no {error} in it; its splits are {known}") from None
         except Exception as error:  # a damaged pickle can raise anything
-            raise DataError(f"{path}: {error}") from None
-    if not videos:
-        raise DataError(f"no videos in {', '.join(map(str, roots))}: looked for NAME.mp4 as named in {annotations[0]}")
-    source, persons, labels = Source([], [], [], [], read_media, pyskl_annotate), 1, 0
-    for split, listed in entries.items():
+            raise DataError(f"{path}: {reason(error)}") from None
+        found = set()
         for number, entry in enumerate(listed):
-            name = f"{split} entry {number}"
+            name = f"{path}, entry {number}"
             try:
-                name = frame_dir(entry)
+                name = clip_name(entry["filename"] if "filename" in entry else entry["frame_dir"])
+                chosen = [split for split, names in wanted.items() if names is None or name in names]
+                found.add(name)
+                if not chosen:
+                    continue
                 clip = pyskl_clip(name, entry)
-            except Exception as error:
+            except Exception as error:  # what is missing, or of another type
                 source.problems.append(f"{name}: {type(error).__name__}: {error}")
                 continue
             labels, persons = max(labels, clip.label + 1), max(persons, clip.joints.shape[1] // 17)
-            if clip_key(name) in videos:
-                source.clips[split].append(replace(clip, media=(videos[clip_key(name)],)))
-            else:
+            if clip_key(name) not in videos:
                 source.missing.append(f"{name} has no video")
+                continue
+            for split in chosen:
+                source.clips[split].append(replace(clip, media=(videos[clip_key(name)],)))
+        for names in wanted.values():
+            source.missing += [f"{name} has no annotation in {path}" for name in sorted((names or set()) - found)]
+    if not videos:
+        raise DataError(f"no videos in {', '.join(map(str, roots))}: looked for NAME.mp4 as named in {annotations[0]}")
     source.classes = [str(label) for label in range(labels)]
     for p in range(persons):
         source.joint_names += [f"{joint} {p + 1}" if persons > 1 else joint for joint in COCO_JOINTS]
@@ -683,24 +769,26 @@ def pyskl(roots: list[Path], annotations: list[Path], splits: tuple[str, str] = 
     return source
 
 
-def frame_dir(entry: dict) -> str:
-    return str(entry["filename"] if "filename" in entry else entry["frame_dir"])
+def clip_name(name) -> str:
+    if not isinstance(name, str | int):  # to write out another object can take for ever
+        raise TypeError(f"a {type(name).__name__} where the name of a clip is expected")
+    return str(name)
 
 
 def pyskl_clip(name: str, entry: dict) -> Clip:
     """A clip of `keypoint` (M, n, 17, 2), `keypoint_score` (M, n, 17), `label` and `img_shape`; up to two persons."""
-    keypoint = np.asarray(entry["keypoint"])[:2].astype(np.float32)  # float16 in the files, which scales badly
-    if keypoint.ndim != 4 or keypoint.shape[2:] != (17, 2) or not keypoint.shape[1]:
+    keypoint = numbers(entry["keypoint"])[:2]  # float16 in the files, which scales badly
+    if keypoint.ndim != 4 or keypoint.shape[2:] != (17, 2) or not 0 < keypoint.shape[1] <= MOST_FRAMES:
         raise ValueError(f"keypoint has shape {keypoint.shape}, expected (persons, frames, 17, 2)")
-    score = np.asarray(entry.get("keypoint_score", np.ones(keypoint.shape[:3])))[:2].astype(np.float32)
+    score = numbers(entry.get("keypoint_score", np.ones(keypoint.shape[:3])))[:2]
     if score.shape != keypoint.shape[:3]:
         raise ValueError(f"keypoint_score has shape {score.shape}, keypoint {keypoint.shape}")
-    label, size = int(entry["label"]), tuple(int(side) for side in entry["img_shape"])
-    if label < 0 or len(size) != 2 or min(size) < 1:
-        raise ValueError(f"label {label}, img_shape {size}")
+    label, size = int(entry["label"]), frame_size(entry["img_shape"])
+    if label != entry["label"] or not 0 <= label < 10_000:  # each label below the largest is a class
+        raise ValueError(f"label {entry['label']}")
     if not len(keypoint):  # nobody was found
         keypoint, score = np.zeros((1, *keypoint.shape[1:]), np.float32), np.zeros((1, *score.shape[1:]), np.float32)
-    visible = np.isfinite(keypoint).all(-1) & (score > 0) & keypoint.any(-1)  # (0, 0) is nobody
+    visible = np.isfinite(keypoint).all(-1) & np.isfinite(score) & (score > 0) & keypoint.any(-1)  # (0, 0) is nobody
     joints = keypoint.transpose(1, 0, 2, 3).reshape(keypoint.shape[1], -1, 2)  # (n, M*17, 2)
     return Clip(name, label, joints, visible.transpose(1, 0, 2).reshape(len(joints), -1), size, None)
 
@@ -708,7 +796,7 @@ def pyskl_clip(name: str, entry: dict) -> Clip:
 def pyskl_annotate(clip: Clip) -> Clip:
     """A clip with one row of joints for each frame of its video: the cut of a video may have more or fewer."""
     have = len(clip.joints)
-    n = video_length(clip.media[0]) or have
+    n = video_length(clip.media[0])
     row = np.round(np.arange(n) * (have - 1) / max(1, n - 1)).astype(int)
     return replace(clip, joints=clip.joints[row], visible=clip.visible[row])
 
@@ -751,15 +839,17 @@ def load(options: argparse.Namespace) -> Source:
     """The data set that the flags name, indexed; DataError if it is not there."""
     function, roots = SOURCES[options.data]
     roots = options.root or [Path(root) for root in roots]
+    words = [roots] if roots else []
+    if options.root and options.data == "synthetic":
+        raise DataError("--root: the synthetic clips are drawn, there are no files")
     if options.data == "pyskl":
         if not options.annotations:
             raise DataError("--data pyskl needs --annotations PKL")
-        return function(roots, options.annotations, (options.split_train, options.split_val))
-    if not roots:
-        return function()
-    if options.root and options.data == "synthetic":
-        raise DataError("--root: the synthetic clips are drawn, there are no files")
-    return function(roots)
+        words += [options.annotations, (options.split_train, options.split_val)]
+    try:
+        return function(*words)
+    except OSError as error:  # a folder or a list that may not be read
+        raise DataError(f"{error.filename}: {error.strerror}") from None
 
 
 class Check(torch.utils.data.Dataset):
@@ -775,7 +865,7 @@ class Check(torch.utils.data.Dataset):
         clip, problem = self.clips[index], ""
         try:
             clip = self.source.annotate(clip)
-            self.source.read(clip, np.arange(len(clip.joints)), (64, 64))
+            self.source.read(clip, np.arange(len(clip.joints)), (16, 16))
         except BadClip as error:
             problem = str(error)
         if clip.joints is None:
@@ -788,6 +878,7 @@ def main():
     add_flags(parser)
     parser.add_argument("--workers", type=int, default=2, metavar="N", help="processes that read frames [2]")
     options = parser.parse_args()
+    sys.stdout.reconfigure(errors="backslashreplace")  # a name may hold what the terminal cannot show
     try:
         source = load(options)
     except DataError as error:

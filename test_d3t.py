@@ -4,20 +4,30 @@ The first part holds slow loops in float64 that were written from the paper's se
 numpy arrays, name every token, and share no code with the model. The model has to agree with them.
 """
 
+import argparse
+import copy
 import dataclasses
 import functools
 import io
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import pickle
+import re
 import resource
+import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
+import tempfile
 import time
+import traceback
+import zlib
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -1261,6 +1271,425 @@ def test_check_of_a_data_set(penn):
         assert words in done.stdout
     done = python(HERE / "data.py", "--data", "pennaction", "--root", penn / "labels")
     assert done.returncode == 1 and len(done.stderr.splitlines()) == 1 and "looked for" in done.stderr
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Damaged files
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def guarded(work, seconds=60):
+    """`work()` in a process of its own: what it returned and the MiB it took; or what went wrong, and None.
+
+    Memory is watched, not limited: a limit turns a file that asks for all of it into a polite error.
+    """
+
+    def resident(process):
+        return int(Path(f"/proc/{process}/statm").read_text().split()[1]) * resource.getpagesize() >> 20
+
+    def run():
+        before = resident("self")
+        try:
+            answer = work(), (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10) - before
+        except BaseException:
+            answer = traceback.format_exc(limit=-1), None
+        theirs.send(answer)
+
+    fork, start, end = multiprocessing.get_context("fork"), resident("self"), time.time() + seconds
+    ours, theirs = fork.Pipe(False)
+    child = fork.Process(target=run)
+    child.start()
+    theirs.close()
+    while not ours.poll(0.005):
+        if time.time() > end or resident(child.pid) - start > 2048:
+            child.kill()
+            return f"more than {seconds} s or 2 GiB", None
+    try:
+        return ours.recv()
+    except EOFError:
+        return f"crashed with exit status {child.join() or child.exitcode}", None
+
+
+def break_file(path, rng):
+    """One of the ways in which any file breaks."""
+    good = np.frombuffer(path.read_bytes(), np.uint8)
+    n, (a, b) = len(good), np.sort(rng.integers(len(good), size=2))
+
+    def flip(count, start=0, end=None):
+        bad, at = good.copy(), rng.choice(np.arange(n)[start:end], count)
+        bad[at] ^= np.uint8(1) << rng.integers(8, size=count).astype(np.uint8)
+        return bad
+
+    ways = [
+        flip(1), flip(10), flip(n // 50), flip(1, 0, 200), flip(5, 0, 200), flip(3, -400), good[:0], good[:a],
+        good[: -rng.integers(1, 9)], np.tile(good, 2), rng.integers(256, size=n), np.delete(good, np.s_[a:b]),
+        np.where(np.arange(n) // 32 == a // 32, 0, good),
+        path.mkdir, lambda: path.symlink_to(path.name), lambda: path.symlink_to("nowhere"),
+    ]  # fmt: skip
+    way = ways[rng.integers(len(ways))]
+    path.unlink()
+    way() if callable(way) else path.write_bytes(way.astype(np.uint8).tobytes())
+
+
+def written(content):
+    return lambda path, _: path.write_bytes(content)
+
+
+def rewritten(change):
+    return lambda path, _: path.write_bytes(change(path.read_bytes()))
+
+
+def put(tag, offset, value, form=">I"):
+    """Overwrite the number that lies `offset` bytes after a tag."""
+    new = struct.pack(form, value)
+    return rewritten(lambda old: old[: old.index(tag) + offset] + new + old[old.index(tag) + offset + len(new) :])
+
+
+def some(value):
+    """`value` in place of every third number."""
+    return lambda x: np.where(np.arange(x.size).reshape(x.shape) % 3 == 0, value, x.astype(float))
+
+
+OBJECTS, TEXT = np.array([[1, "a"]], object), np.array([["1"] * 13] * 8)
+
+
+def label_ways():
+    def change(key, value):
+        def way(path, _):
+            label = {k: v for k, v in scipy_io.loadmat(path).items() if k[0] != "_"}
+            scipy_io.savemat(path, label | {key: value(label[key]) if callable(value) else value})
+
+        return way
+
+    def mat(kind, dims, body, size=None):  # a variable x that declares what it likes
+        head = struct.pack("<6I2i2I8s", 6, 8, kind, 0, 5, 8, *dims, 1, 1, b"x")
+        return struct.pack("<2I", 14, len(head + body) if size is None else size) + head + body
+
+    scipy_io, sparse = pytest.importorskip("scipy.io"), pytest.importorskip("scipy.sparse")
+    number, pack = struct.pack("<2Id", 9, 8, 1), zlib.compressobj(9)
+    packed = pack.compress(mat(6, (8, 13), struct.pack("<2I", 9, 2**29))) + pack.flush(zlib.Z_FULL_FLUSH)
+    packed += (pack.compress(bytes(2**20)) + pack.flush(zlib.Z_FULL_FLUSH)) * 480
+    nested, head = mat(6, (1, 1), number), len(mat(1, (1, 1), b""))
+    nested = b"".join(mat(1, (1, 1), b"", head * i - 8 + len(nested)) for i in range(50000, 0, -1)) + nested
+    variables = [
+        mat(6, (10**9, 10**9), number), mat(1, (10**9, 1), b""), mat(2, (10**9, 1), struct.pack("<3I", 5, 4, 8)),
+        mat(6, (8, 13), struct.pack("<2I", 9, 2**32 - 16)), struct.pack("<2I", 15, len(packed)) + packed, nested,
+        mat(6, (1, 1), struct.pack("<2Id", 4105, 8, 1)), mat(4, (1, 10**9), struct.pack("<2I", 16, 0)),
+    ]  # fmt: skip
+    changes = {
+        "x": [some(np.nan), some(np.inf), some(-1e300), some(1j), TEXT, OBJECTS, {"a": 1}, np.transpose, np.ravel,
+              lambda x: x[..., None], lambda x: x[:, :12], lambda x: x[:1], np.zeros((0, 13)), sparse.csc_array],
+        "visibility": [*map(some, (np.nan, np.inf, 2, -1, 0.5, 255, 1j)), TEXT, OBJECTS],
+        "dimensions": [[1e9, 1e9, 8], [1, 8192, 8], [65535, 1, 8], [0, 0, 0], [-30, -44, 8], [np.nan] * 3, [np.inf] * 3,
+                       [30], [30.5, 44, 8], [30j, 44, 8], "30 44 8", OBJECTS],
+        "train": [0, np.nan, [1, 1], "1", OBJECTS], "action": [3, "", ["bowl", "squat"], OBJECTS],
+    }  # fmt: skip
+    start = b"MATLAB 5.0 MAT-file".ljust(124) + struct.pack("<2H", 0x100, 0x4D49)
+    return [change(k, v) for k, values in changes.items() for v in values] + [written(start + v) for v in variables]
+
+
+def frame_ways():
+    def saved(form, mode="RGB", size=(44, 30), **options):
+        return lambda path, _: image.new(mode, size, 1).save(path, form, **options)
+
+    def declares(width, height, progressive):  # a picture that is larger than it is
+        tag, number = b"\xff\xc2" if progressive else b"\xff\xc0", height * 65536 + width
+        return lambda *where: (saved("JPEG", progressive=progressive)(*where), put(tag, 5, number)(*where))
+
+    image = pytest.importorskip("PIL.Image")
+    sizes = [(65500, 65500), (12000, 12000), (8192, 8192), (65500, 1), (0, 30), (44, 0), (1, 1), (500, 300)]
+    return [
+        *(declares(*size, progressive) for size in sizes for progressive in (False, True)),
+        *(saved(form) for form in ("PNG", "GIF", "BMP", "TIFF", "WEBP")), saved("PNG", size=(11000, 11000)),
+        *(saved("JPEG", mode) for mode in ("L", "CMYK", "YCbCr", "1")), saved("JPEG", size=(3, 700)),
+    ]  # fmt: skip
+
+
+def skeleton_ways():
+    def swap(old, new, count=1):
+        return rewritten(lambda text: re.sub(old, new, text, count=count))
+
+    def token(field, value):  # of every other joint, so that something is left to see
+        def change(text):
+            rows = [line.split(b" ") for line in text.split(b"\r\n")]
+            for row in rows[1::2]:
+                row[field:] = [value, *row[field + 1 :]] if len(row) == 12 else row[field:]
+            return b"\r\n".join(b" ".join(row) for row in rows)
+
+        return rewritten(change)
+
+    numbers = [b"nan", b"inf", b"-inf", b"1e400", b"1e300", b"-5", b"1.5.2", b"0x10", b"1_0", b"", b"1 2", b"a", b"\0"]
+    counts = [b"1000000000000", b"-1", b"0", b"2", b"24", b"2.5", b"nan", b"", b"9" * 5000]
+    crowd = skeleton([[(i + 1000 * t, body(100 + i, 500)) for i in range(6)] for t in range(50)])
+    return [
+        *(token(5, value) for value in numbers), token(6, b"nan"), token(0, b"inf"), token(2, b"1e300"),
+        *(token(11, value) for value in (b"nan", b"inf", b"-1", b"0", b"3", b"1.5")),
+        *(swap(old, n) for old in (rb"^\d+", rb"(?<=\n)1(?=\r)", rb"(?<=\n)25(?=\r)") for n in counts),
+        *(swap(str(KINECT).encode(), n) for n in (b"1" * 30, b"-1", b"1.5", b"nan")), written(b"1\r\n" * 1000),
+        written(b"3000000\r\n" + b"0\n" * 3_000_000), written(crowd), rewritten(lambda old: str(old).encode("utf16")),
+        swap(rb" (\S+)\r\n(\S+ \S+ )", rb"\r\n\1 \2", 40), swap(rb"\r\n", rb"\r", 0), swap(rb"\r\n", rb"\n", 0),
+    ]  # fmt: skip
+
+
+def video_ways(avi):
+    tags = "stts 12 stts 16 stsz 8 stsz 12 stsc 16 stco 8 mvhd 16 avc1 28 avc1 80 tkhd 80 moov -4 mdat -4 avcC 9"
+    if avi:
+        tags = "avih 24 avih 40 strh 28 strh 40 strf 12 strf 16 movi -8 idx1 4 idx1 16 00dc 4 RIFF 4"
+    pairs, form = list(zip(tags.split()[::2], tags.split()[1::2])), "<I" if avi else ">I"
+    sound = struct.pack("<4sI8sI2H2I2H4sI", b"RIFF", 136, b"WAVEfmt ", 16, 1, 1, 8000, 8000, 1, 8, b"data", 100)
+    session = b"v=0\no=- 0 0 IN IP4 127.0.0.1\ns=x\nc=IN IP4 127.0.0.1\nt=0 0\nm=video 5004 RTP/AVP 96\n"
+    return [
+        *(put(tag.encode(), int(at), value, form) for tag, at in pairs for value in (0, 7, 10**9, 2**32 - 1)),
+        lambda path, _: path.write_text(f"ffconcat version 1.0\nfile '{path.name}'\n"), written(session),
+        lambda path, _: path.write_text(f"#EXTM3U\n#EXTINF:5,\n{path.name}\n"), written(sound + bytes(100)),
+        lambda path, _: write_video(path, numbered(2, 64, 16000)), lambda path, _: write_video(path, numbered(0)),
+        lambda path, _: write_video(path, numbered(1)), lambda path, _: write_video(path, numbered(30)),
+    ]  # fmt: skip
+
+
+def dump(path, content):
+    plain = content["annotations"] if content["plain"] else content
+    path.write_bytes(pickle.dumps(plain, content["protocol"]))
+
+
+def pickle_ways():
+    def change(key, value):
+        def way(path, content):
+            one = content["annotations"][1]
+            one[key] = value(one[key]) if callable(value) else value
+            dump(path, content)
+
+        return way
+
+    def replace(*keys, value):
+        def way(path, content):
+            functools.reduce(lambda inside, key: inside[key], keys[:-1], content)[keys[-1]] = value
+            dump(path, content)
+
+        return way
+
+    laughs, huge = "ha", Gadget(np.ndarray)
+    huge.call = (np.zeros(1).__reduce__()[0], (np.ndarray, (0,), b"b"), (1, (10**9,), np.dtype("O"), False, []))
+    spread = Gadget(np.ndarray, (1, 10**7, 17, 2), "f4", bytes(4), 0, (0, 0, 0, 0))
+    for _ in range(40):
+        laughs = (laughs, laughs)
+    arrays = [*map(some, (np.nan, np.inf, -np.inf, 1e300, 0, -3, 1j)), lambda k: k[0], lambda k: k[:, :0],
+              lambda k: k[:0], lambda k: k.astype(str), lambda k: k.astype(object), lambda k: k.astype("f4,f4"),
+              lambda k: k.astype(">f4"), lambda k: k.tolist(), np.int8, np.asfortranarray, spread, huge, laughs, None,
+              lambda k: k[..., :1]]  # fmt: skip
+    sides = [(10**9, 10**9), (1, 8192), (65535, 1), (np.nan, 9), (np.inf, 9), "64", (40, 60, 3), (0, 0), (-40, -60),
+             (40.5, 60), None, laughs]  # fmt: skip
+    changes = {
+        "keypoint": arrays, "keypoint_score": arrays, "img_shape": sides,
+        "label": [10**9, 2**70, -1, np.nan, "1", 1.5, None, [1], laughs, np.int64(1), np.float32(1)],
+        "frame_dir": [None, 7, laughs, "a" * 10**6, "gone", "\ud800", b"clip"],
+    }  # fmt: skip
+    opcodes = [(b"\x8e", "<Q", 2**40), (b"\x8e", "<Q", 2**33), (b"\x96", "<Q", 2**33), (b"\x95", "<Q", 2**40),
+               (b"]r", "<I", 2**29), (b"\x8b", "<i", 2**31 - 1), (b"]" * 10**6, "<I", 0)]  # fmt: skip
+    return [
+        *(change(key, value) for key, values in changes.items() for value in values),
+        *(replace("annotations", 1, value=v) for v in (None, [], {}, "clip")),
+        *(replace("annotations", value=v) for v in ({}, None, laughs)),
+        *(replace("split", "train", value=v) for v in ("abc", None, [laughs], ["clip é 0", "clip é 1", "ghost"])),
+        replace("split", "train", value=np.array(["clip é 0", "clip é 1", "clip é 2"])),
+        *(replace("split", value=v) for v in ({}, None, laughs, [1])), written(b"N."),
+        rewritten(lambda old: re.sub(rb"((J\xff{4}){2}K)\0", rb"\1?", old)),  # the flags of a dtype: it holds objects
+        *(written(b"\x80\x05" + code + struct.pack(form, value) + b"a.") for code, form, value in opcodes),
+    ]  # fmt: skip
+
+
+def read_penn(clip, root, content):
+    io = pytest.importorskip("scipy.io")
+    label = io.loadmat(root / "labels" / f"{clip.name}.mat", variable_names=["x", "y", "visibility"])
+    x, y, seen = (label[key] for key in ("x", "y", "visibility"))
+    assert not np.iscomplexobj([x, y, seen])
+    return np.stack([np.float32(x) - 1, np.float32(y) - 1, seen == 1], -1)[:, None]
+
+
+def read_skeleton(clip, root, content):
+    """Bodies line by line and word by word, as Python reads numbers."""
+    lines, frames = iter((root / f"{clip.name}.skeleton").read_bytes().decode("latin1").split("\n")), []
+    for _ in range(int(next(lines))):
+        frames.append(np.zeros((6, 25, 3)))
+        for person in range(int(next(lines))):
+            next(lines), next(lines)
+            for joint in range(25):
+                words = [float(word) for word in next(lines).split()]
+                assert len(words) == 12
+                frames[-1][person, joint] = *words[5:7], words[11] in (1, 2)
+    return np.array(frames)
+
+
+def read_entry(clip, root, content):
+    one = next(e for e in content["annotations"] if isinstance(e, dict) and e.get("frame_dir") == clip.name)
+    x, y = np.moveaxis(one["keypoint"], -1, 0)
+    seen = (one["keypoint_score"] > 0) & np.isfinite(one["keypoint_score"]) & ((x != 0) | (y != 0))
+    return np.stack([x, y, seen], -1).swapaxes(0, 1)
+
+
+def examine(options, name, file, declared):
+    """What a data set makes of a damaged file: "loaded", "replaced" in training, or an "error". All else fails."""
+    try:
+        source = data.load(options)
+    except data.DataError as error:
+        assert file in str(error)
+        return "error"
+    told = [line for line in source.problems + source.missing if name in line]
+    assert len(source.clips["train"] + source.clips["test"]) + len(told) >= 6, "a clip is gone without a word"
+    assert len(source.classes) <= 10**4
+    fates, R = {"error"} if told else set(), len(source.joint_names)
+    for split in ("train", "test"):
+        dataset = data.Dataset(source, split, 24, 24, 24)
+        for i, clip in enumerate(dataset.clips):
+            try:
+                item = dataset[0, i]
+            except data.BadClip as error:
+                assert name in str(error) and (split == "test" or len(dataset) == 1)
+                fates.add("error")
+                continue
+            video, joints, visible = item["video"], item["joints"], item["visible"]
+            assert (video.dtype, joints.dtype, visible.dtype) == (torch.uint8, torch.float32, torch.bool)
+            assert video.shape == (3, 24, 24, 24) and joints.shape == (24, R, 2) and visible.shape == (24, R)
+            assert ((joints[visible] >= -0.5) & (joints[visible] < 23.5)).all() and item["label"] < len(source.classes)
+            assert all(name in reason for reason in item["bad"])
+            if item["bad"]:
+                fates.add("replaced")
+            elif declared:
+                clip, truth = source.annotate(clip), declared(clip)  # (frames, persons, joints, x y seen)
+                for f, r in np.argwhere(clip.visible & np.isfinite(clip.joints).all(-1)):
+                    rows = truth[[f]] if len(truth) == len(clip.joints) else truth
+                    x, y, seen = np.moveaxis(rows[..., r % truth.shape[2], :], -1, 0).astype(np.float32)
+                    assert ((x == clip.joints[f, r, 0]) & (y == clip.joints[f, r, 1]) & (seen == 1)).any(), (f, r)
+    return "replaced" if "replaced" in fates else max(fates, default="loaded")
+
+
+DAMAGE = {  # the data set, which of its files, how they are damaged, and who else can read the joints
+    "label": ("pennaction", "labels/*.mat", label_ways, read_penn),
+    "frame": ("pennaction", "frames/*/*.jpg", frame_ways, read_penn),
+    "skeleton": ("ntu60-xsub", "*.skeleton", skeleton_ways, read_skeleton),
+    "avi": ("ntu60-xsub", "*.avi", lambda: video_ways(avi=True), read_skeleton),
+    "mp4": ("finegym", "subactions/*", lambda: video_ways(avi=False), read_entry),
+    "pickle": ("pyskl", "gym_hrnet.pkl", pickle_ways, read_entry),
+}
+
+
+@pytest.fixture
+def healthy(request, tmp_path):
+    """A function of a source: a root with three clips for training and three for testing, and what its pickle says."""
+
+    def write(source):
+        root, names, content = tmp_path / source, [f"clip é {i}" for i in range(6)], {}
+        for i, name in enumerate(names):
+            if source == "pennaction":
+                penn, number = request.getfixturevalue("penn"), f"{i + 1:04d}"
+                shutil.copytree(penn / "frames" / number, root / "frames" / number)
+                (root / "labels").mkdir(exist_ok=True)
+                shutil.copy(penn / "labels" / f"{number}.mat", root / "labels")
+            elif source == "ntu60-xsub":
+                sample = f"S001C001P00{1 if i < 3 else 3}R001A00{i + 1}"
+                write_video(root / f"{sample}_rgb.avi", numbered(12, 40, 60))
+                walk = [[(KINECT, body(900, 500, wobble=0.02 * t))] * (t != 5) for t in range(12)]
+                (root / f"{sample}.skeleton").write_bytes(skeleton(walk))
+            else:
+                write_video(root / "subactions" / f"{name}.mp4", numbered(12, 40, 60))
+                content["split"] = {"train": names[:3], "val": names[3:]}
+                content.setdefault("annotations", []).append(entry(name, n=12, label=i, img_shape=(40, 60)))
+        return root, content
+
+    return write
+
+
+def flags(source, root):
+    paths = dict(root=[root], annotations=[root / "gym_hrnet.pkl"])
+    return argparse.Namespace(data=source, split_train="train", split_val="val", **paths)
+
+
+@pytest.mark.parametrize("share", [10, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_damaged_files(kind, share, healthy, tmp_path):
+    """A worker that crashes, hangs or takes all memory; an error that names no file; joints seen that are not there."""
+    source, pattern, ways, declared = DAMAGE[kind]
+    (root, pristine), ways, fates, most, failed = healthy(source), ways(), Counter(), 0, []
+    for number in range(0, len(ways) + 30, share):
+        rng, folder = np.random.default_rng(number), tmp_path / f"Kopie – 動作 {number}"
+        shutil.copytree(root, folder)
+        content = copy.deepcopy(pristine) | {"protocol": (2, 4, 5)[number % 3], "plain": number % 7 == 6}
+        if pristine:
+            dump(folder / "gym_hrnet.pkl", content)
+        path = rng.choice(sorted(folder.glob(pattern)))
+        ways[number](path, content) if number < len(ways) else break_file(path, rng)
+        read = (
+            functools.partial(declared, root=folder, content=content)
+            if kind != "pickle" or number < len(ways)
+            else None
+        )
+        name = "" if kind == "pickle" else path.stem.removesuffix("_rgb")  # of an entry, only its name is known
+        fate, used = guarded(functools.partial(examine, flags(source, folder), name, path.stem, read))
+        shutil.rmtree(folder)
+        if used is None:
+            failed.append(f"{kind} {number}: {fate}")
+        else:
+            fates[fate], most = fates[fate] + 1, max(most, used)
+    print(f"{kind}: {dict(fates)}, {len(failed)} failed, up to {most} MiB")
+    assert not failed, "\n".join(failed)
+
+
+def test_what_may_not_be_read(healthy):
+    """A folder without permission that is taken for an empty one; a PermissionError that ends a worker."""
+
+    def look(source, root, closed):
+        if os.geteuid() == 0:  # whom no permission stops
+            os.setuid(65534)
+        return examine(flags(source, root), Path(closed).stem or root.name, Path(closed).stem or root.name, None)
+
+    for source, fates in {
+        "pennaction": {"labels": "error", "labels/0001.mat": "error", "frames/0002": "replaced"},
+        "ntu60-xsub": {".": "error", "S001C001P001R001A001.skeleton": "replaced", data.NTU_LISTS[60]: "error"},
+        "finegym": {
+            ".": "error",
+            "subactions": "error",
+            "gym_hrnet.pkl": "error",
+            "subactions/clip é 1.mp4": "replaced",
+        },
+    }.items():
+        original, content = healthy(source)
+        (original / data.NTU_LISTS[60]).touch()
+        if content:
+            dump(original / "gym_hrnet.pkl", content | {"protocol": 4, "plain": False})
+        for closed, fate in fates.items():
+            with tempfile.TemporaryDirectory() as folder:
+                Path(folder).chmod(0o755)
+                root = shutil.copytree(original, Path(folder, "root"))
+                (root / closed).chmod(0)
+                assert guarded(functools.partial(look, source, root, closed))[0] == fate
+                (root / closed).chmod(0o755)
+
+
+def test_names_and_links(tmp_path, monkeypatch):
+    """A link back that is followed for ever; a name that av takes for a protocol, or that no terminal can show."""
+    names = ["a:b", "concat:c|d", "100%d #1?", "quote\"'\\", "two\nlines", "-i", "vidéo 動画", os.fsdecode(b"caf\xe9")]
+    (tmp_path / "deep").mkdir()
+    for name in names:
+        write_video(tmp_path / "deep" / "v.mp4", numbered(12, 40, 60)).rename(tmp_path / f"{name}.mp4")
+    for link, target in (
+        ("deep/up", ".."),
+        ("loop", "."),
+        ("self", "self"),
+        ("a", "b"),
+        ("b", "a"),
+        ("gone", "nowhere"),
+    ):
+        (tmp_path / link).symlink_to(target)
+    (tmp_path / "broken.mp4").symlink_to("broken.mp4")
+    entries = [entry(name, img_shape=(40, 60)) for name in [*names, "broken"]]
+    (tmp_path / "own.pkl").write_bytes(pickle.dumps(entries))
+    monkeypatch.chdir(tmp_path)
+    dataset = data.Dataset(data.pyskl([Path()], [Path("own.pkl")]), "train", 4, 24, 24)
+    assert [dataset[0, i]["name"] for i in range(len(names))] == names and dataset[0, len(names)]["bad"]
+    (tmp_path / f"{names[-1]}.mp4").write_bytes(b"")
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+    done = python(HERE / "data.py", "--data", "pyskl", "--root", tmp_path, "--annotations", "own.pkl")
+    assert done.returncode == 1 and "2 problems" in done.stdout and "caf\\udce9.mp4" in done.stdout
 
 
 # --------------------------------------------------------------------------------------------------------------------
