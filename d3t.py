@@ -361,7 +361,7 @@ class Settings:
     width: int = setting(224, "W, pixels")
     channels: int = setting(64, "C, channels of the trunk; a token has D = 4C")
     blocks: int = setting(4, "L, transformer blocks (open)")
-    heads: int = setting(8, "attention heads (open)")
+    heads: int = setting(4, "attention heads; 64 channels each, as in ViT (open)")
     kernel: int = setting(7, "k of the 3D token search, tokens")
     sigma: float = setting(1.0, "sigma of Eq. (2), cells of F_a (open)")
     joint_window: int = setting(8, "joints in a window of joint stride attention (open)")
