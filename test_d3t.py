@@ -1855,7 +1855,7 @@ def test_an_epoch_is_kept_before_it_is_tested(penn, fit, tmp_path):
     frame.write_bytes(b"")
     flags = f"--data pennaction --root {penn} --frames 8 --batch 60 --epochs 1"
     assert fit(flags)[0] == 1 and checkpoint(tmp_path / "run")["progress"] | {"seconds": 0, "loss": 0} == {
-        "epoch": 0, "seen": 60, "step": 1, "loss": 0, "bad": [], "seconds": 0, "best": -1.0
+        "epoch": 0, "seen": 60, "step": 1, "loss": 0, "losses": [], "bad": [], "seconds": 0, "best": -1.0
     }  # fmt: skip
     frame.write_bytes(whole)
     assert fit(f"{flags} --resume")[0] == 0

@@ -83,7 +83,7 @@ PRESETS = {  # what differs from the paper's
         frames=8, height=96, width=96, channels=16, blocks=2, heads=2, batch=16, lr=1.5e-3, epochs=24, warmup=2.0
     ),
     "tiny": dict(
-        frames=6, height=40, width=40, channels=16, blocks=2, heads=4, kernel=3, batch=16, lr=1e-3, epochs=3, warmup=0.5
+        frames=6, height=40, width=40, channels=16, blocks=2, heads=4, kernel=3, batch=16, lr=1e-3, epochs=2, warmup=0.5
     ),
 }
 MAY_CHANGE = {"batch", "accumulate"}  # between the parts of a run that is resumed
@@ -208,6 +208,7 @@ class Progress:
     seen: int = 0  # clips of this epoch that have been trained on
     step: int = 0  # optimizer steps in all
     loss: float = 0.0  # sum over these clips
+    losses: list[float] = field(default_factory=list)  # of every tenth step of this epoch, for a curve
     bad: list[str] = field(default_factory=list)  # clips of this epoch that could not be read, and why
     seconds: float = 0.0  # spent on this epoch
     best: float = -1.0  # top-1
@@ -277,17 +278,17 @@ def train_one_epoch(run: Run, dataset: data.Dataset) -> bool:
     )
     begin = time.time() - progress.seconds
     losses = torch.tensor(progress.loss, dtype=torch.float64, device=world.device)  # stays there: no wait in a step
-    latest, finite = None, math.nan  # the step that is not known to be sound yet, and the loss of the one before it
+    latest, finite = None, math.nan  # the step that is not known to be sound yet; the loss of the one before it
 
     def check():
         """All processes stop where the loss of one of them is not finite."""
-        nonlocal finite
+        nonlocal finite, latest
         if not latest:
             return
-        loss, norm, clips = latest
-        loss, norm = loss.item(), norm.item()
+        loss, norm, clips = latest[0].item(), latest[1].item(), latest[2]
         sound = math.isfinite(loss) and (math.isfinite(norm) or run.scaler.is_enabled())  # fp16 skips such a step
-        if world.sum(not sound):
+        unsound, total = world.sum([not sound, loss]).tolist()
+        if unsound:
             parts = world.gather([(loss, clips)])
             blamed = [part for part in parts if not math.isfinite(part[0])]
             names = ", ".join(name for _, clips in blamed or parts for name in clips)  # a gradient is that of all
@@ -295,7 +296,9 @@ def train_one_epoch(run: Run, dataset: data.Dataset) -> bool:
                 f"the {'loss' if blamed else 'gradient'} is not finite, at a step on {names}. The last finite loss "
                 f"was {finite:.4f}; the last checkpoint stays"
             )
-        finite = loss
+        finite, latest = loss, None
+        if progress.step % 10 == 0:
+            progress.losses.append(round(total / world.size, 4))
 
     def save():
         check()
@@ -672,6 +675,7 @@ def fit(run: Run, train: data.Dataset, test: data.Dataset) -> int:
             "epoch": progress.epoch + 1,
             "step": progress.step,
             "loss": progress.loss / progress.seen,
+            "losses": progress.losses,
             "lr": run.optimizer.param_groups[0]["lr"],
             **result,
             "bad": len(progress.bad),

@@ -172,19 +172,18 @@ def print_boxes(model: D3T, source: data.Source, clips: data.Dataset, count: int
 
 
 def draw_curve(plt, log: Path, path: Path):
-    """Loss and accuracy of each epoch of the run that the checkpoint is from."""
+    """Loss of every tenth step and accuracy after each epoch of the run that the checkpoint is from."""
     lines = [json.loads(line) for line in log.read_text().splitlines()]
-    epochs = [line["epoch"] for line in lines]
+    losses, steps = [loss for line in lines for loss in line["losses"]], [line["step"] for line in lines]
     figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3))
-    left.plot(epochs, [line["loss"] for line in lines], marker="o")
-    left.set(xlabel="epoch", ylabel="training loss", xticks=epochs, ylim=(0, None))
-    right.plot(epochs, [100 * line["top1"] for line in lines], marker="o", label="top-1")
-    right.plot(epochs, [100 * line["mean_class"] for line in lines], marker="x", linestyle="--", label="mean class")
-    right.set(xlabel="epoch", ylabel="test accuracy (%)", xticks=epochs, ylim=(0, 103))
+    left.plot(10 * np.arange(1, len(losses) + 1), losses, marker=".")
+    left.set(xlabel="step", ylabel="training loss", ylim=(0, None))
+    right.plot(steps, [100 * line["top1"] for line in lines], marker="o", label="top-1")
+    right.plot(steps, [100 * line["mean_class"] for line in lines], marker="x", linestyle="--", label="mean class")
+    right.set(xlabel="step", ylabel="test accuracy (%)", xlim=left.get_xlim(), ylim=(0, 103))
     right.legend(loc="lower right")
     for axis in (left, right):
         axis.grid(alpha=0.3)
-        axis.xaxis.set_major_locator(plt.MaxNLocator(10, integer=True))
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)
