@@ -206,27 +206,6 @@ def place_back(values: Tensor, points: Tensor, grid: tuple[int, int, int]) -> Te
         return torch.autograd.grad(sample_tokens(Z, points), Z, values[..., None])[0][..., 0]
 
 
-class Depthwise(torch.autograd.Function):
-    """A Conv3D with one kernel for each channel, whose gradients are such convolutions as well.
-
-    For speed alone: on two CPU cores torch's own backward of it takes 3 to 5 times as long.
-    """
-
-    @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight)  # (B, D, T, h, w), (D, 1, k, k, k)
-        return F.conv3d(x, weight, bias, groups=len(weight))
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        x, weight = ctx.saved_tensors
-        gradient, (B, D) = gradient.to(x.dtype), x.shape[:2]
-        reach = [k - 1 for k in weight.shape[2:]]
-        to_x = F.conv3d(gradient, weight.flip(2, 3, 4), padding=reach, groups=D)
-        to_weight = F.conv3d(x.flatten(0, 1)[None], gradient.flatten(0, 1)[:, None], groups=B * D)  # (1, B*D, k, k, k)
-        return to_x, to_weight.view(B, *weight.shape).sum(0), gradient.sum((0, 2, 3, 4))
-
-
 class TokenSearch(nn.Module):
     """3DTS, the 3D token search of Eq. (3) and Fig. 3: Z (B, T, h, w, D) -> Z~ (B, T~, h~, w~, D).
 
@@ -246,8 +225,7 @@ class TokenSearch(nn.Module):
 
     def points(self, Z: Tensor) -> Tensor:
         """p + delta p, in tokens (t, h, w): (B, T~, h~, w~, 3), float32 also under autocast."""
-        x = Z.permute(0, 4, 1, 2, 3)  # (B, D, T, h, w)
-        x = Depthwise.apply(x, *self.conv.parameters()) if x.device.type == "cpu" else self.conv(x)
+        x = self.conv(Z.permute(0, 4, 1, 2, 3))  # (B, D, T~, h~, w~)
         x = F.gelu(self.norm(x.permute(0, 2, 3, 4, 1)))  # (B, T~, h~, w~, D)
         with torch.autocast(Z.device.type, enabled=False):  # 16 bits would move a point by hundredths of a token
             offset = self.offset(x.to(self.offset.weight.dtype)).tanh() * self.reach
