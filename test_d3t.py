@@ -1911,7 +1911,7 @@ FAULTY = """
 import functools, os, sys, time, torch, data, train
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-data.SOURCES["synthetic"] = functools.partial(data.synthetic, train=96, test=8), []
+data.SOURCES["synthetic"] = functools.partial(data.synthetic, train=96, test=24), []
 rank, fault, steps, loads = os.environ.get("RANK", "0"), os.environ.get("FAULT"), 0, 0
 forward, load, fsync = train.D3T.forward, data.Dataset.load, os.fsync
 
@@ -1927,6 +1927,8 @@ def faulty_forward(self, *inputs):
         raise KeyError("no such luck")
     if steps == 3 and rank == "1" and fault == "memory":
         torch.empty(2**50)
+    if fault == "slow step" and steps == 3 or fault == "slow test" and not self.training:
+        time.sleep(3)
     return forward(self, *inputs) * (float("nan") if steps == 3 and rank == "1" and fault == "loss" else 1)
 
 def faulty_load(self, clip, rng):
@@ -2150,6 +2152,24 @@ def test_damaged_checkpoints(fit, tmp_path):
         status, printed = fit("--resume")
         assert status == 2 and said in printed and len(printed.splitlines()) == 1 and "last.pt" in printed + "last.pt"
         assert path.read_bytes() == content
+
+
+@pytest.mark.parametrize("fault, signals, status", [
+    ("slow step", 2, -signal.SIGTERM), ("slow step", 1, 128 + signal.SIGTERM), ("slow test", 1, 128 + signal.SIGTERM),
+])  # fmt: skip
+def test_when_a_signal_ends_it(faulty, fault, signals, status):
+    """A second signal that is ignored as well; a test that goes on for longer than a preempted node has."""
+    process = faulty.start("--save-every", 1, fault=fault)
+    while faulty.taken() < (3 if fault == "slow step" else 12):
+        time.sleep(0.01)
+    for _ in range(signals):
+        time.sleep(0.5)
+        process.send_signal(signal.SIGTERM)
+    begin = time.time()
+    assert process.wait(30) == status and (signals == 1 or time.time() - begin < 2)
+    seen = 96 if fault == "slow test" else {1: 32, 2: 24}[signals]  # the step in flight counts, or is given up
+    assert checkpoint(faulty.run)["progress"]["seen"] == seen
+    assert not (faulty.run / "log.jsonl").exists()
 
 
 def test_two_runs_in_one_folder(faulty):

@@ -262,6 +262,14 @@ def backward(run: Run, batches: list[dict]) -> torch.Tensor:
     return total
 
 
+def on_its_way(values: torch.Tensor) -> tuple:
+    """A copy to the CPU and an event to wait for: `item` would wait for what the device was given since, as well."""
+    copy, event = values.to("cpu", non_blocking=True), torch.cuda.Event() if values.is_cuda else None
+    if event:
+        event.record()
+    return copy, event
+
+
 def train_one_epoch(run: Run, dataset: data.Dataset) -> bool:
     """Train on what is left of the epoch; False if the run was asked to stop before its end."""
     world, recipe, progress = run.world, run.recipe, run.progress
@@ -285,7 +293,10 @@ def train_one_epoch(run: Run, dataset: data.Dataset) -> bool:
         nonlocal finite, latest
         if not latest:
             return
-        loss, norm, clips = latest[0].item(), latest[1].item(), latest[2]
+        (copy, event), clips = latest
+        if event:
+            event.synchronize()
+        loss, norm = copy.tolist()
         sound = math.isfinite(loss) and (math.isfinite(norm) or run.scaler.is_enabled())  # fp16 skips such a step
         unsound, total = world.sum([not sound, loss]).tolist()
         if unsound:
@@ -314,14 +325,13 @@ def train_one_epoch(run: Run, dataset: data.Dataset) -> bool:
         run.scaler.unscale_(run.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), recipe.clip)
         check()  # the step before: while this process waits for it, the device has the next one to work on
-        latest = loss, norm, [name for batch in step for name in batch["name"]]
+        latest = on_its_way(torch.stack([loss, norm])), [name for batch in step for name in batch["name"]]
         run.scaler.step(run.optimizer)
         run.scaler.update()
         run.optimizer.zero_grad(set_to_none=True)
         progress.step, progress.seen = progress.step + 1, progress.seen + recipe.batch
         bar.update(recipe.batch)
-        if progress.step % 10 == 0 and world.rank == 0:
-            bar.set_postfix(loss=f"{losses.item() / progress.seen:.3f}")
+        bar.set_postfix(loss=f"{finite:.3f}", refresh=False)
 
         bad = [reason for batch in step for reason in batch["bad"]]
         signals, replaced = world.sum([run.signal, len(bad)]).tolist()  # all processes take the same turn
