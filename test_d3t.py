@@ -2064,9 +2064,8 @@ def test_thirty_kills(tmp_path, target):
 def test_one_rank_fails(faulty, fault, reason):
     """Other ranks that wait for ever, or whose tracebacks bury the reason."""
     status, printed = faulty.finish("--workers", 1 if fault == "loader" else 0, ranks=2, fault=fault)
-    assert status == 1 and "rank 0 lost another one" in printed
-    first = printed.split("Root Cause (first observed failure):")[1]
-    assert reason in first and "rank      : 1 " in first
+    assert status == 1 and reason in printed
+    assert "rank 0 lost another one" in printed and "[rank0]: Traceback" not in printed
 
 
 @pytest.mark.slow
@@ -2104,7 +2103,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(faulty):
     """Weights of NaN in the last good checkpoint; ranks that disagree; a message that does not name the clips."""
     status, printed = faulty.finish("--save-every", 1, ranks=2, fault="loss")
     assert status == 1 and checkpoint(faulty.run)["progress"]["step"] == 3
-    reason = next(line for line in printed.splitlines() if line.startswith("train.py: the loss is not finite"))
+    reason = re.search(r"train.py: the loss is not finite.*?stays", printed).group()
     assert reason.count("train ") == 4 and "last finite loss was 1." in reason
     order = train.training_batches(96, train.Recipe(batch=8), 0, 24, train.World(1, 2, torch.device("cpu")))[0]
     assert all(f"train {clip}" in reason for _, clip in order)

@@ -728,12 +728,12 @@ def main(words: list[str] | None = None) -> int:
         return 0
     except (UsageError, RunError, data.DataError, OSError) as error:
         reason = str(error).strip().split("\ndata.BadClip: ")[-1]  # a loading process wraps it in its traceback
-        print(f"train.py: {reason}", file=sys.stderr)
+        sys.stderr.write(f"train.py: {reason}\n")  # in one piece: several processes may have something to say
         return 2 if isinstance(error, UsageError) else 1
     except RuntimeError as error:
         if not isinstance(error, dist.DistError) and "gloo" not in str(error):
             raise
-        print(f"train.py: rank {os.environ.get('RANK')} lost another one: {first_line(error)}", file=sys.stderr)
+        sys.stderr.write(f"train.py: rank {os.environ.get('RANK')} lost another one: {first_line(error)}\n")
         return 1
     except KeyboardInterrupt:  # before or after training, which has handlers of its own
         return 128 + signal.SIGINT
