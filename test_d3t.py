@@ -39,7 +39,7 @@ import d3t
 import data
 import train
 from d3t import D3T, Settings
-from tools import ablate, explain
+from tools import ablate, bench, explain
 
 HERE = Path(__file__).parent
 DOUBLE = torch.float64
@@ -2315,6 +2315,33 @@ def test_shares_of_the_boxes():
                 expected[2, column] += inside * said.joints[0, 1, t, r] / said.joints[0, 1].sum()
         for name, values in zip(("token attention", "points", "joint attention"), expected):
             assert np.allclose(shares[f"{name}, block 2"][2 * number + 1], values, atol=0.01), name
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"modal_tokens": 1}, {"modal_tokens": 0, "pose_embedding": True}, {"deformable_attention": False},
+     {"joint_attention": False}, {"temporal_attention": False}],
+    ids=str,
+)  # fmt: skip
+def test_plain_version_of_the_benchmark(changes):
+    """A baseline that computes something else: then being faster than it says nothing."""
+    s, cpu = small(**changes), torch.device("cpu")
+    batch = bench.make_batch(s, 2, cpu)
+    ours, plain = (bench.Run(s, cpu, plain=plain) for plain in (False, True))
+    expected = ours.forward(batch)
+    assert expected.std() > 0.01 and torch.allclose(plain.forward(batch), expected, atol=1e-5)
+
+
+def test_operations_of_the_benchmark():
+    """Modules that are left out of the count, or counted twice: the share of the peak would be wrong."""
+    s, cpu = small(), torch.device("cpu")
+    run, batch = bench.Run(s, cpu), bench.make_batch(s, 1, cpu)
+    counted, expected = bench.operations(run, batch), bench.equations(s)
+    assert counted["all"] == sum(counted[name] for name in counted if name != "all")
+    for name in ("joint attention", "temporal attention"):
+        assert counted[name] == s.blocks * expected[name], name
+    search = s.blocks * (expected["deformable attention"]) - counted["deformable attention"] - counted["token search"]
+    assert search == 0
 
 
 def test_ablation(penn, tmp_path, capsys):

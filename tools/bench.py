@@ -1,8 +1,10 @@
-"""Measure D3T on this machine: speed, memory, and what its cost grows with. The default is the paper's size.
+"""Measure D3T on this machine: speed, memory, and what its cost grows with.
+
+The default is the paper's size, with the joints of Penn Action (13) and with those of NTU (two persons, 50).
 
     python -m tools.bench                               # table: clips/s, share of the peak, memory, time of each part
     python -m tools.bench plain                         # against D3T as one would write it first
-    python -m tools.bench all --joints 13 50 --rounds 9
+    python -m tools.bench all --joints 13 --rounds 9
 
 `scaling` draws cost against T, resolution and joints, `package` compares with the PyPI package deformable-attention,
 `loader` with bare decoding, `memory` says what step and blocks hold and which batch fits, `variants` tries
@@ -653,7 +655,7 @@ def parse_args(words: list[str] | None) -> tuple[argparse.Namespace, list[Settin
     for f in fields(Settings):
         how = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type, "metavar": "N"}
         how |= {"nargs": "+"} if f.name == "joints" else {}
-        text = f"{f.metadata['help']} [{f.default}]"
+        text = f"{f.metadata['help']} [{'13 50' if f.name == 'joints' else f.default}]"
         add("--" + f.name.replace("_", "-"), **how, default=argparse.SUPPRESS, help=text)
     options = parser.parse_args(words)
     cuda = options.device == "cuda"
@@ -661,7 +663,7 @@ def parse_args(words: list[str] | None) -> tuple[argparse.Namespace, list[Settin
     options.compile = cuda if options.compile is None else options.compile
     options.amp = options.amp or [*TYPES][: 3 if cuda else 2]
     options.batches = options.batches or ([2**i for i in range(8)] if cuda else [options.batch])
-    values = train.PRESETS[options.preset] | {"joints": [Settings.joints]} | vars(options)
+    values = train.PRESETS[options.preset] | {"joints": [13, 50]} | vars(options)
     values = {f.name: values[f.name] for f in fields(Settings) if f.name in values}
     try:
         return options, [Settings(**values | {"joints": R}) for R in values["joints"]]
