@@ -2337,11 +2337,14 @@ def test_operations_of_the_benchmark():
     s, cpu = small(), torch.device("cpu")
     run, batch = bench.Run(s, cpu), bench.make_batch(s, 1, cpu)
     counted, expected = bench.operations(run, batch), bench.equations(s)
-    assert counted["all"] == sum(counted[name] for name in counted if name != "all")
-    for name in ("joint attention", "temporal attention"):
+    D = 4 * s.channels
+    expected["token search"] = expected["deformable attention"] - counted["deformable attention"] / s.blocks
+    for name in ("token search", "joint attention", "temporal attention"):
         assert counted[name] == s.blocks * expected[name], name
-    search = s.blocks * (expected["deformable attention"]) - counted["deformable attention"] - counted["token search"]
-    assert search == 0
+    assert counted["joint tokenizer"] == expected["joint tokenizer"]
+    assert counted["head"] == 2 * 3 * D * s.classes
+    # what no part has: the linear layers behind the joint tokenizer and of the M_CLS fusion
+    assert counted["rest"] == 2 * s.frames * (s.joints * s.channels * D + s.blocks * 2 * D * D)
 
 
 def test_ablation(penn, tmp_path, capsys):

@@ -47,6 +47,7 @@ import data
 import train
 from d3t import D3T, AttentionBlock, Block, DeformableAttention, Settings
 
+JOINTS = [13, 50]  # of Penn Action, and of two persons in NTU
 TYPES = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SWEEPS = {"frames": (8, 12, 16, 24, 32), "resolution": (112, 160, 224, 288), "joints": (13, 26, 50, 100)}
 UNMOVED = {("joints", "deformable attention"), ("joints", "full attention"), ("resolution", "joint attention")}
@@ -655,7 +656,8 @@ def parse_args(words: list[str] | None) -> tuple[argparse.Namespace, list[Settin
     for f in fields(Settings):
         how = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type, "metavar": "N"}
         how |= {"nargs": "+"} if f.name == "joints" else {}
-        text = f"{f.metadata['help']} [{'13 50' if f.name == 'joints' else f.default}]"
+        default = " ".join(map(str, JOINTS)) if f.name == "joints" else f.default
+        text = f"{f.metadata['help']} [{default}]"
         add("--" + f.name.replace("_", "-"), **how, default=argparse.SUPPRESS, help=text)
     options = parser.parse_args(words)
     cuda = options.device == "cuda"
@@ -663,7 +665,7 @@ def parse_args(words: list[str] | None) -> tuple[argparse.Namespace, list[Settin
     options.compile = cuda if options.compile is None else options.compile
     options.amp = options.amp or [*TYPES][: 3 if cuda else 2]
     options.batches = options.batches or ([2**i for i in range(8)] if cuda else [options.batch])
-    values = train.PRESETS[options.preset] | {"joints": [13, 50]} | vars(options)
+    values = train.PRESETS[options.preset] | {"joints": JOINTS} | vars(options)
     values = {f.name: values[f.name] for f in fields(Settings) if f.name in values}
     try:
         return options, [Settings(**values | {"joints": R}) for R in values["joints"]]
