@@ -15,14 +15,16 @@ Every component of *Cross-Modal Learning with 3D Deformable Attention for Action
     p     a position in tokens, ordered t, h, w
     '     as in M'_CLS: the CLS token between 3D deformable attention and the fusion of both attentions' CLS
 
-All tokens keep the layout (B, T, N, D), so that joining modalities is one `cat` on dim 2.
+Tokens keep the layout (B, T, N, D) between modules.
 
-Where the paper is silent, this file decides as follows (the README says why):
+Where the paper is silent, this file decides as follows (the README says why, where there is more to say):
   - trunk: R(2+1)D-18 without temporal strides and without layer4; F_a is layer1's output, F_b layer3's
-  - sigma is one cell of F_a; pose tokens carry no embedding of their own (`pose_embedding` adds one)
+  - sigma is one cell of F_a; pose tokens carry no embedding of their own (`pose_embedding` adds one); a joint that is
+    absent is a constant token, attended to as any other
   - Z and P pass one LayerNorm where they are embedded; the attentions have none in front, as in Eq. (6)
   - 3DTS: a depthwise convolution of kernel k and a pointwise one; offsets are tanh(.) * (k - 1) / 2 tokens
   - the position embedding is a temporal plus a spatial table; MSA ends in a linear layer; an FFN is 4D wide inside
+  - both stride attentions are the block of Eq. (6) and (7), too; the two M'_CLS are fused by one linear layer
   - stride windows are of equal size and attend within themselves; a token that lies in several gets the mean of its
     copies; the last window is moved back to fit
   - every block has weights of its own; before the head, the modal tokens are averaged over T
@@ -339,7 +341,7 @@ class Settings:
     width: int = setting(224, "W, pixels")
     channels: int = setting(64, "C, channels of the trunk; a token has D = 4C")
     blocks: int = setting(4, "L, transformer blocks (open)")
-    heads: int = setting(4, "attention heads; 64 channels each, as in ViT (open)")
+    heads: int = setting(4, "attention heads; at C = 64 they have 64 channels each, as in ViT (open)")
     kernel: int = setting(7, "k of the 3D token search, tokens")
     sigma: float = setting(1.0, "sigma of Eq. (2), cells of F_a (open)")
     joint_window: int = setting(8, "joints in a window of joint stride attention (open)")
@@ -385,7 +387,7 @@ class Block(nn.Module):
     """One of the L transformer blocks (Fig. 2a): Z (B, T, h*w, D), P (B, T, R, D), M (B, T, 3, D) -> the same.
 
     M is ordered RGB, CLS, pose. 3D deformable attention takes its first two tokens and joint stride attention its
-    last two, so that the rows of Table 5 need no branch:
+    last two, so that the rows of Table 5 take one path:
 
         modal tokens    to 3D deformable    to joint stride    fused to M_CLS
         3 cross-modal   M_RGB, M_CLS        M'_CLS, M_pose     M'_CLS of both
@@ -427,8 +429,8 @@ class Block(nn.Module):
 class Explanation:
     """What the modal tokens attend to in each of the L blocks, mean over heads; None where a module is absent.
 
-    Without modal tokens (Table 5) it is what all tokens attend to. A row of attention sums to 1 together with its share
-    on the modal tokens, which is not shown, but for `frames`, which holds all of it.
+    Without modal tokens (Table 5) it is what all tokens attend to. A row of `frames` sums to 1, `selected` and `tokens`
+    to 1 less the share of the modal tokens, and so does `joints` in each window, before the mean over windows.
     """
 
     logits: Tensor  # (B, classes)
@@ -462,7 +464,8 @@ class D3T(nn.Module):
 
         self.has_pose = s.joint_attention or s.temporal_attention or not s.modal_tokens
         if self.has_pose:  # all but row 2 of Table 4: 3D deformable attention alone never looks at the joints
-            self.embed_pose = nn.Linear(s.channels, D)
+            # No bias: an absent joint is zero here, where the gradient of the norm is 1/sqrt(eps) times as large
+            self.embed_pose = nn.Linear(s.channels, D, bias=False)
             self.norm_pose = nn.LayerNorm(D)
             self.position_p = nn.Parameter(torch.zeros(T, s.joints, D)) if s.pose_embedding else None
 
@@ -534,7 +537,10 @@ class D3T(nn.Module):
 
     @torch.no_grad()
     def explain(self, video: Tensor, joints: Tensor, visible: Tensor) -> Explanation:
-        """Run the model as `forward` does and say what it attended to; `forward` itself pays nothing for it."""
+        """Run the model as `forward` does and say what it attended to; `forward` itself pays nothing for it.
+
+        Not under `torch.inference_mode`: placing attention back on the tokens takes a gradient.
+        """
         seen = {}  # what went into the modules that attend and search
         watched = [m for m in self.modules() if isinstance(m, (AttentionBlock, TokenSearch))]
         hooks = [m.register_forward_pre_hook(lambda module, inputs: seen.update({module: inputs})) for m in watched]
@@ -552,7 +558,7 @@ class D3T(nn.Module):
                 X, X_ = seen[attention]
                 asking = X.unflatten(1, (T, -1))[:, :, -min(m, 2) :].flatten(1, 2)  # [M_RGB, M_CLS] of all frames
                 points = search.points(*seen[search])
-                given = attention.weights(asking, X_).mean(1)[:, : points[0, ..., 0].numel()]
+                given = attention.weights(asking, X_).mean(1)[:, : points.shape[1:-1].numel()]
                 given = given.view(points.shape[:-1])  # (B, T~, h~, w~)
                 maps["points"].append(points)
                 maps["selected"].append(given)
@@ -561,9 +567,9 @@ class D3T(nn.Module):
                 index, attention = block.joint.index, block.joint.attention
                 X = seen[attention][0]  # (B*n, T*(window + 2), D)
                 asking = X.unflatten(1, (T, -1))[:, :, -min(m, 2) :].flatten(1, 2)  # [M'_CLS, M_pose]
-                given = attention.weights(asking, X).mean(1).view(len(video), len(index), T, -1, 1)
-                given = given[:, :, :, : index.shape[1]]  # (B, n, T, window, 1)
-                maps["joints"].append(mean_of_windows(given, index, dim=2, length=s.joints)[..., 0])
+                given = attention.weights(asking, X).mean(1).view(len(video), len(index), T, -1)
+                given = given[..., : index.shape[1]]  # (B, n, T, window)
+                maps["joints"].append(mean_of_windows(given, index, dim=2, length=s.joints))
             if block.temporal is not None:
                 index, attention = block.temporal.index, block.temporal.attention
                 n, window = index.shape
@@ -572,6 +578,6 @@ class D3T(nn.Module):
                 given = attention.weights(asking, X).view(len(video), n, window, -1, window, X.shape[1] // window)
                 given = given.mean(3).sum(-1)  # (B, n, window, window), from frame to frame
                 rows = given.new_zeros(len(video), n, window, T)
-                rows = rows.scatter(3, index[None, :, None].expand_as(given), given)[..., None]  # (B, n, window, T, 1)
-                maps["frames"].append(mean_of_windows(rows, index, dim=1, length=T)[..., 0])
+                rows = rows.scatter(3, index[None, :, None].expand_as(given), given)  # (B, n, window, T)
+                maps["frames"].append(mean_of_windows(rows, index, dim=1, length=T))
         return Explanation(logits, **{k: torch.stack(v, dim=1) if v else None for k, v in maps.items()})

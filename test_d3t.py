@@ -320,8 +320,7 @@ def test_model_is_fig_2a(changes):
         Z = F_b[b].detach().numpy().transpose(1, 2, 3, 0).reshape(s.frames, -1, 4 * s.channels)
         Z = np.array([[layer_norm(z + w["position_t"][t, 0] + w["position_s"][0, n], w, "norm_rgb")
                        for n, z in enumerate(frame)] for t, frame in enumerate(Z)])  # fmt: skip
-        embed = w["embed_pose.weight"], w["embed_pose.bias"]
-        p = np.array([[layer_norm(embed[0] @ joint + embed[1], w, "norm_pose") for joint in frame] for frame in P[b]])
+        p = np.array([[layer_norm(w["embed_pose.weight"] @ j, w, "norm_pose") for j in frame] for frame in P[b]])
         m = w["modal"].transpose(1, 0, 2)
         for i in range(s.blocks):
             Z, p, *m = loop_block(Z, p, *m, part(w, f"blocks.{i}."), s)
@@ -361,6 +360,21 @@ def test_axis_of_one_token():
     Z = randn(1, 1, 1, 1, 3)
     assert torch.equal(d3t.sample_tokens(Z, torch.zeros(1, 2, 3, dtype=DOUBLE)), Z.view(1, 1, 3).expand(1, 2, 3))
     assert torch.equal(d3t.reference_points((1, 1, 4), (1, 1, 4)), torch.tensor([[[[0, 0, 1.5]]]]))
+
+
+def test_absent_joints_do_not_swamp_the_gradient():
+    """A bias before the norm of pose tokens: where the token is zero but for it, its gradient grows by 1/sqrt(eps)."""
+    s = small(blocks=1)
+    torch.manual_seed(0)
+    model = D3T(s)
+    video, joints, visible = clip_for(s)
+    norms = []
+    for seen in (torch.ones_like(visible), torch.ones_like(visible)):
+        seen[..., 0] = not norms  # then without the first joint
+        model.zero_grad()
+        F.cross_entropy(model(video, joints, seen), torch.arange(len(video))).backward()
+        norms.append(max(parameter.grad.norm() for parameter in model.embed_pose.parameters()))
+    assert norms[1] < 2 * norms[0]
 
 
 def test_no_point_starts_dead_and_none_leaves():
