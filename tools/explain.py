@@ -229,7 +229,7 @@ def explain(options: argparse.Namespace, model: D3T, source: data.Source, clips:
         said = {name: value[0].numpy() for name, value in vars(found).items() if value is not None}
         said["probabilities"] = found.logits[0].softmax(-1).numpy()
         stem = options.out / item["name"].replace(" ", "-").replace("/", "-")
-        np.savez(stem.with_suffix(".npz"), label=item["label"], **said)
+        np.savez(f"{stem}.npz", label=item["label"], **said)
         if "tokens" in said:
             draw_tokens(plt, item, said, Path(f"{stem}-tokens.png"))
         if "joints" in said:
