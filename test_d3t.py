@@ -1803,6 +1803,7 @@ loss = run.world.sum(loss.item()) / run.world.size
 if run.world.rank == 0:
     torch.save([loss.float()] + [p.grad for p in run.model.parameters()], sys.argv[1])
 if run.world.size > 1:
+    del run  # what holds on to the processes goes before them, as in train.py: else torch may abort at the end
     torch.distributed.destroy_process_group()
 """
 
