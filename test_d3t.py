@@ -1791,7 +1791,7 @@ def test_learning_rate():
 
 
 GRADIENT = """
-import sys, torch, train
+import os, sys, torch, train
 run, source = train.build(*train.parse_args(sys.argv[2:]))
 s = run.settings
 dataset = train.data.Dataset(source, "train", s.frames, s.height, s.width)
@@ -1803,8 +1803,8 @@ loss = run.world.sum(loss.item()) / run.world.size
 if run.world.rank == 0:
     torch.save([loss.float()] + [p.grad for p in run.model.parameters()], sys.argv[1])
 if run.world.size > 1:
-    del run  # what holds on to the processes goes before them, as in train.py: else torch may abort at the end
     torch.distributed.destroy_process_group()
+    os._exit(0)  # the gradients are written; freeing the model after its process group can abort
 """
 
 
