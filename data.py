@@ -66,7 +66,6 @@ class Source:
     classes: list[str]
     joint_names: list[str]
     flip_pairs: list[tuple[int, int]]  # joints that trade places in a mirror
-    edges: list[tuple[int, int]]  # joints to connect in a drawing
     read: Callable[[Clip, np.ndarray, tuple[int, int]], np.ndarray]  # clip, frames, size -> uint8 (T, h, w, 3)
     annotate: Callable[[Clip], Clip] = annotated  # a clip with its joints, one row for each frame of its video
     clips: dict[str, list[Clip]] = field(default_factory=lambda: {"train": [], "test": []})
@@ -236,7 +235,7 @@ def synthetic(train: int = 2048, test: int = 512, seed: int = 0) -> Source:
     the two figures apart, so no method can expect to be right in more than 1 of 2 clips. Clip i of a split depends on
     (seed, split, i) alone, and nothing is on disk.
     """
-    source = Source(SYNTHETIC_ACTIONS, PENN_JOINTS, PENN_PAIRS, PENN_EDGES, draw)
+    source = Source(SYNTHETIC_ACTIONS, PENN_JOINTS, PENN_PAIRS, draw)
     time = np.arange(16)
     for s, (split, count) in enumerate((("train", train), ("test", test))):
         for i in range(count):
@@ -310,7 +309,7 @@ def penn_action(roots: list[Path]) -> Source:
             f"no Penn Action in {root}: looked for {root}/labels/0001.mat and {root}/frames/0001/000001.jpg. "
             "Get Penn_Action.tar.gz from dreamdragon.github.io/PennAction and unpack it, or pass its folder as --root"
         )
-    source = Source(PENN_ACTIONS, PENN_JOINTS, PENN_PAIRS, PENN_EDGES, read_jpegs)
+    source = Source(PENN_ACTIONS, PENN_JOINTS, PENN_PAIRS, read_jpegs)
     for path in labels:
         try:
             split, clip = penn_label(read_label(path), root / "frames" / path.stem)
@@ -491,10 +490,6 @@ NTU_JOINTS = [
     "right hand tip", "right thumb",
 ]  # fmt: skip
 NTU_PAIRS = [(4, 8), (5, 9), (6, 10), (7, 11), (12, 16), (13, 17), (14, 18), (15, 19), (21, 23), (22, 24)]
-NTU_EDGES = [
-    (0, 1), (1, 20), (2, 20), (3, 2), (4, 20), (5, 4), (6, 5), (7, 6), (8, 20), (9, 8), (10, 9), (11, 10), (12, 0),
-    (13, 12), (14, 13), (15, 14), (16, 0), (17, 16), (18, 17), (19, 18), (21, 7), (22, 7), (23, 11), (24, 11),
-]  # fmt: skip
 NTU60_TRAIN = {1, 2, 4, 5, 8, 9, 13, 14, 15, 16, 17, 18, 19, 25, 27, 28, 31, 34, 35, 38}  # performers of XSub
 NTU120_TRAIN = NTU60_TRAIN | {
     45, 46, 47, 49, 50, 52, 53, 54, 55, 56, 57, 58, 59, 70, 74, 78, 80, 81, 82, 83, 84, 85, 86, 89, 91, 92, 93, 94,
@@ -547,7 +542,6 @@ def ntu(roots: list[Path], protocol: str) -> Source:
         [f"A{a:03d}" for a in range(1, actions + 1)],
         [f"{joint} {person}" for person in (1, 2) for joint in NTU_JOINTS],
         [(a + p, b + p) for p in (0, 25) for a, b in NTU_PAIRS],
-        [(a + p, b + p) for p in (0, 25) for a, b in NTU_EDGES],
         read_media,
         ntu_annotate,
     )
@@ -667,10 +661,6 @@ COCO_JOINTS = [
     "right ankle",
 ]  # fmt: skip
 COCO_PAIRS = [(i, i + 1) for i in range(1, 17, 2)]
-COCO_EDGES = [
-    (15, 13), (13, 11), (16, 14), (14, 12), (11, 5), (12, 6), (9, 7), (7, 5), (10, 8), (8, 6), (5, 0), (6, 0), (1, 0),
-    (3, 1), (2, 0), (4, 2),
-]  # fmt: skip
 
 
 class ArrayUnpickler(pickle._Unpickler):
@@ -718,8 +708,10 @@ def clip_key(name: str) -> str:
 def pyskl(roots: list[Path], annotations: list[Path], splits: tuple[str, str] = ("train", "val")) -> Source:
     """A pickle {split, annotations}, or two plain lists for train and test; videos are named by frame_dir."""
     need("av", "av", "to read the videos of this data set")
+    if splits[0] == splits[1]:
+        raise DataError(f"--split-train and --split-val are both {splits[0]!r}: it would be tested on what it has seen")
     videos = find_files(roots, VIDEOS, clip_key)
-    source, persons, labels = Source([], [], [], [], read_media, pyskl_annotate), 1, 0
+    source, persons, labels = Source([], [], [], read_media, pyskl_annotate), 1, 0
     for path, only in zip(annotations, source.clips):
         try:
             with path.open("rb") as file:
@@ -740,6 +732,8 @@ def pyskl(roots: list[Path], annotations: list[Path], splits: tuple[str, str] = 
             try:
                 name = clip_name(entry["filename"] if "filename" in entry else entry["frame_dir"])
                 chosen = [split for split, names in wanted.items() if names is None or name in names]
+                if name in found:
+                    raise ValueError("it is there twice")
                 found.add(name)
                 if not chosen:
                     continue
@@ -761,7 +755,6 @@ def pyskl(roots: list[Path], annotations: list[Path], splits: tuple[str, str] = 
     for p in range(persons):
         source.joint_names += [f"{joint} {p + 1}" if persons > 1 else joint for joint in COCO_JOINTS]
         source.flip_pairs += [(a + 17 * p, b + 17 * p) for a, b in COCO_PAIRS]
-        source.edges += [(a + 17 * p, b + 17 * p) for a, b in COCO_EDGES]
     for clip in source.clips["train"] + source.clips["test"]:  # as many joints in every clip
         absent = 17 * persons - clip.joints.shape[1]
         clip.joints = np.pad(clip.joints, ((0, 0), (0, absent), (0, 0)))
@@ -831,8 +824,8 @@ def add_flags(parser) -> None:
     )
     text = "pyskl: the pickle, or two lists for train and test"
     parser.add_argument("--annotations", nargs="+", type=Path, metavar="PKL", help=text)
-    parser.add_argument("--split-train", default="train", metavar="KEY", help="pyskl: the split to train on [train]")
-    parser.add_argument("--split-val", default="val", metavar="KEY", help="pyskl: the split to test on [val]")
+    parser.add_argument("--split-train", metavar="KEY", help="pyskl: the split to train on [train]")
+    parser.add_argument("--split-val", metavar="KEY", help="pyskl: the split to test on [val]")
 
 
 def load(options: argparse.Namespace) -> Source:
@@ -843,9 +836,11 @@ def load(options: argparse.Namespace) -> Source:
     if options.root and options.data == "synthetic":
         raise DataError("--root: the synthetic clips are drawn, there are no files")
     if options.data == "pyskl":
-        if not options.annotations:
-            raise DataError("--data pyskl needs --annotations PKL")
-        words += [options.annotations, (options.split_train, options.split_val)]
+        if not options.annotations or len(options.annotations) > 2:
+            raise DataError("--data pyskl needs --annotations PKL, or two of them, for train and test")
+        words += [options.annotations, (options.split_train or "train", options.split_val or "val")]
+    elif options.annotations or options.split_train or options.split_val:
+        raise DataError("--annotations, --split-train and --split-val are for --data pyskl")
     try:
         return function(*words)
     except OSError as error:  # a folder or a list that may not be read

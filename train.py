@@ -17,11 +17,13 @@ import functools
 import json
 import math
 import os
+import pickle
 import signal
 import subprocess
 import sys
 import textwrap
 import time
+import zlib
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, field, fields
 from itertools import islice
@@ -71,8 +73,8 @@ class Recipe:
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, not {getattr(self, name)}")
         for name in ("warmup", "weight_decay", "seed"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} must not be negative, but is {getattr(self, name)}")
+            if not 0 <= getattr(self, name) < 2**63:
+                raise ValueError(f"{name} must be 0 or more and less than 2^63, not {getattr(self, name)}")
         if self.hide not in ("none", "joints", "video"):
             raise ValueError(f"hide must be none, joints or video, not {self.hide}")
 
@@ -87,6 +89,7 @@ PRESETS = {  # what differs from the paper's
     ),
 }
 MAY_CHANGE = {"batch", "accumulate"}  # between the parts of a run that is resumed
+FILES = ("last.pt", "best.pt", "log.jsonl")  # of a run, in its folder
 
 
 def preset(name: str) -> dict:
@@ -145,7 +148,7 @@ class World:
         if self.rank == 0:
             try:
                 box = [function()]
-            except (data.DataError, UsageError) as error:
+            except (data.DataError, UsageError, OSError) as error:
                 box = [error]
         if self.size > 1:
             dist.broadcast_object_list(box)
@@ -227,7 +230,7 @@ class Run:
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     progress: Progress
-    clips: int  # to train on
+    clips: str  # that it is trained and tested on, to know them again
     lock: list  # the open file that keeps other runs out of the folder
     signal: int = 0  # that asked the run to stop
 
@@ -337,7 +340,7 @@ def train_one_epoch(run: Run, dataset: data.Dataset) -> bool:
         signals, replaced = world.sum([run.signal, len(bad)]).tolist()  # all processes take the same turn
         if replaced:
             note_bad_clips(run, world.gather(bad), len(dataset))
-        stop = signals > 0 or progress.step >= (run.options.stop_after or math.inf)
+        stop = signals > 0 or progress.step >= run.options.stop_after
         if stop or progress.step % run.options.save_every == 0:
             save()
         if stop:
@@ -396,16 +399,28 @@ def evaluate(run: Run, dataset: data.Dataset) -> dict:
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def claim(folder: Path):
-    """Make the folder of a run and lock it while this process lives: a killed one leaves no lock behind."""
+def claim(options: argparse.Namespace, lock: list) -> bool:
+    """Lock the folder of a run while this process lives, then see what it holds: True if that run is to go on.
+
+    `lock` gets the open file. A killed process leaves no lock behind.
+    """
+    folder, last = options.out, options.out / "last.pt"
+    # torchrun starts the first time, too, with the command that it starts again with
+    if options.resume and not last.exists() and not int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):
+        raise UsageError(f"--resume: there is no {last}")
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"--out {folder} is not a folder")
     folder.mkdir(parents=True, exist_ok=True)
-    file = (folder / "lock").open("w")
+    lock.append((folder / "lock").open("w"))
     try:
         if "fcntl" in globals():
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not inherited by loading processes
+            fcntl.lockf(lock[0], fcntl.LOCK_EX | fcntl.LOCK_NB)  # not inherited by loading processes
     except OSError:
         raise UsageError(f"another run is at work in {folder}: use another --out") from None
-    return file
+    resume = options.resume and last.exists()
+    if not (resume or options.overwrite) and any((folder / name).exists() for name in FILES):
+        raise UsageError(f"{folder} holds a run: --resume goes on with it, --overwrite starts anew, or use --out")
+    return resume
 
 
 def save_checkpoint(run: Run, name: str):
@@ -439,9 +454,17 @@ def first_line(error: Exception) -> str:
     return f"{type(error).__name__} {' '.join(str(error).split())[:300]}"
 
 
+def read(path: Path):
+    """Tensors and plain values that `torch.save` wrote; UsageError for all else, without torch's advice to trust it."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise UsageError("it holds something other than tensors and plain values, or is damaged") from None
+
+
 def load_checkpoint(path: Path) -> dict:
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = read(path)
         missing = {"model", "optimizer", "scaler", "progress", "settings", "recipe", "data", "clips"} - set(state)
         if missing:
             raise UsageError(f"it lacks {', '.join(sorted(missing))}")
@@ -465,7 +488,7 @@ def load_state(path: Path, part, state: dict):
 def load_trunk(model: D3T, path: Path):
     """Weights in torchvision's naming, such as `r2plus1d_18`'s, into the trunk; layer4 and fc are not needed."""
     try:
-        weights = torch.load(path, map_location="cpu", weights_only=True)
+        weights = read(path)
         weights = {key: value for key, value in weights.items() if not key.startswith(("layer4.", "fc."))}
         model.trunk.load_state_dict(weights)
     except Exception as error:
@@ -492,23 +515,18 @@ def parse_args(words: list[str] | None) -> tuple[argparse.Namespace, dict]:
     group = parser.add_argument_group("data")
     data.add_flags(group)
     add = group.add_argument
-    add(
-        "--workers", type=int, metavar="N", help="processes that load clips, for each training process [2; synthetic 1]"
-    )
+    text = "processes that load clips, for each training process [2; synthetic 1]"
+    add("--workers", type=int, metavar="N", help=text)
 
     add = parser.add_argument_group("run").add_argument
     add("--preset", choices=PRESETS, help="the defaults of training and model [paper; for synthetic clips tiny]")
     add("--out", type=Path, metavar="DIR", help="folder of the run [runs/DATA]")
     add("--resume", action="store_true", help="go on with the run in that folder")
     add("--overwrite", action="store_true", help="start anew in a folder that holds a run")
-    add(
-        "--save-every",
-        type=int,
-        default=500,
-        metavar="N",
-        help="steps after which last.pt is written in an epoch [500]",
-    )
-    add("--stop-after", type=int, metavar="N", help="steps after which to stop as Ctrl-C would, to be resumed [never]")
+    text = "steps after which last.pt is written in an epoch [500]"
+    add("--save-every", type=int, default=500, metavar="N", help=text)
+    text = "steps after which to stop as Ctrl-C would, to be resumed [never]"
+    add("--stop-after", type=int, default=math.inf, metavar="N", help=text)
     add("--eval", type=Path, metavar="CKPT", help="only test this checkpoint")
     add("--weights", type=Path, metavar="PATH", help="start the trunk from torchvision's r2plus1d_18 weights")
     add("--device", choices=("cpu", "cuda"), help="[cuda where there is one]")
@@ -530,6 +548,8 @@ def parse_args(words: list[str] | None) -> tuple[argparse.Namespace, dict]:
     options = vars(parser.parse_args(words))
     given = {f.name: options.pop(f.name) for kind in (Recipe, Settings) for f in fields(kind) if f.name in options}
     options = argparse.Namespace(**options)
+    if options.eval and (options.preset or options.resume or options.overwrite or options.weights):
+        raise UsageError("--eval tests a checkpoint: it does not go with --preset, --resume, --overwrite or --weights")
     synthetic = options.data == "synthetic"
     options.out = options.out or Path("runs", options.data)
     if options.resume and options.preset:  # asks for all that it fixes, so that a clash with the run is found
@@ -538,23 +558,14 @@ def parse_args(words: list[str] | None) -> tuple[argparse.Namespace, dict]:
     options.workers = (1 if synthetic else 2) if options.workers is None else options.workers
     options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     options.amp = options.amp or ("fp16" if options.device == "cuda" else "off")
-    holds = [name for name in ("last.pt", "best.pt", "log.jsonl") if (options.out / name).exists()]
-    if options.workers < 0 or options.save_every < 1:
-        raise UsageError("--workers must be 0 or more, and --save-every 1 or more")
+    if options.workers < 0 or options.save_every < 1 or options.stop_after < 1:
+        raise UsageError("--workers must be 0 or more, --save-every and --stop-after 1 or more")
     if options.amp == "fp16" and options.device == "cpu":
         raise UsageError("--amp fp16 needs CUDA; on a CPU use bf16 or off")
     if options.device == "cuda" and not torch.cuda.is_available():
         raise UsageError("--device cuda: torch sees no CUDA device")
-    if options.resume and "last.pt" not in holds:
-        if not int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):
-            raise UsageError(f"--resume: there is no {options.out / 'last.pt'}")
-        options.resume = False  # torchrun starts the first time, too, with the command that it starts again with
     if options.resume and (options.overwrite or options.weights):
         raise UsageError("--resume goes on with what is there: it does not go with --overwrite or --weights")
-    if options.out.exists() and not options.out.is_dir():
-        raise UsageError(f"--out {options.out} is not a folder")
-    if holds and not (options.resume or options.overwrite or options.eval):
-        raise UsageError(f"{options.out} holds a run: --resume goes on with it, --overwrite starts anew, or use --out")
     return options, given
 
 
@@ -572,7 +583,7 @@ def configure(options: argparse.Namespace, given: dict, source: data.Source, sav
     try:
         settings = Settings(**{f.name: values[f.name] for f in fields(Settings) if f.name in values})
         recipe = Recipe(**{f.name: values[f.name] for f in fields(Recipe) if f.name in values})
-    except ValueError as error:
+    except (ValueError, TypeError) as error:  # in a checkpoint, a value may be of another type
         raise UsageError(str(error)) from None
     parts, clips = world.size * recipe.accumulate, len(source.clips["train"])
     if recipe.batch % parts and not options.eval:
@@ -582,6 +593,11 @@ def configure(options: argparse.Namespace, given: dict, source: data.Source, sav
     if recipe.batch > clips and not options.eval:
         raise UsageError(f"--batch {recipe.batch} is more than the {clips} training clips")
     return settings, recipe
+
+
+def checksum(source: data.Source) -> int:
+    """Of the names and labels of all clips, in order."""
+    return zlib.crc32(repr([(c.name, c.label) for split in source.clips.values() for c in split]).encode())
 
 
 def git_revision() -> str:
@@ -596,6 +612,9 @@ def git_revision() -> str:
 def build(options: argparse.Namespace, given: dict) -> tuple[Run, data.Source]:
     """Everything a run needs, in the state that it starts or goes on from."""
     world = World.join(options.device)
+    lock = []
+    if not options.eval:  # before anything is read there: from now on, what the folder holds is this run's alone
+        options.resume = world.from_first(lambda: claim(options, lock))
     path = options.eval or options.out / "last.pt"
     saved = load_checkpoint(path) if options.eval or options.resume else None
     if saved and saved["data"] != options.data:
@@ -607,19 +626,20 @@ def build(options: argparse.Namespace, given: dict) -> tuple[Run, data.Source]:
         raise data.DataError(f"{len(source.problems)} clips cannot be used, `python data.py` names them all:\n{some}")
     if not test or not (train or options.eval):
         raise data.DataError(f"{options.data} has {train} training and {test} test clips there, which is not enough")
-    if options.resume and saved["clips"] != train:
-        raise UsageError(f"{path} was trained on {saved['clips']} clips; now there are {train}")
+    clips = f"{train} training and {test} test clips, checksum {checksum(source):08x}"
+    if options.resume and saved["clips"] != clips:
+        raise UsageError(f"{path} is of other clips: {saved['clips']}. Here are {clips}")
     if source.missing and world.rank == 0:
         print(
             f"warning: {len(source.missing)} clips are left out: {'; '.join(source.missing[:3])} ...", file=sys.stderr
         )
     settings, recipe = configure(options, given, source, saved, world)
-    lock = []
-    if not options.eval:
-        world.from_first(lambda: lock.append(claim(options.out)))
 
     torch.manual_seed(recipe.seed)
-    model = D3T(settings).to(world.device)
+    try:
+        model = D3T(settings).to(world.device)
+    except (RuntimeError, MemoryError, TypeError) as error:  # too large, or of a type that is not the setting's
+        raise UsageError(f"a model of these settings cannot be made: {first_line(error)}") from None
     for module in model.modules():
         if isinstance(module, torch.nn.Conv3d):
             module.to(memory_format=torch.channels_last_3d)  # the layout in which convolutions are faster
@@ -658,7 +678,7 @@ def build(options: argparse.Namespace, given: dict) -> tuple[Run, data.Source]:
         print(f"D3T {git_revision()}, {count:,} parameters, {world.size} x {where}, torch {torch.__version__}")
         values = vars(options) | asdict(recipe) | asdict(settings)
         print(textwrap.fill("  ".join(f"{name}={value}" for name, value in values.items()), 118), flush=True)
-    return Run(world, settings, recipe, options, model, net, optimizer, scaler, progress, train, lock), source
+    return Run(world, settings, recipe, options, model, net, optimizer, scaler, progress, clips, lock), source
 
 
 def fit(run: Run, train: data.Dataset, test: data.Dataset) -> int:
@@ -667,7 +687,7 @@ def fit(run: Run, train: data.Dataset, test: data.Dataset) -> int:
     log = options.out / "log.jsonl"
     if world.rank == 0:
         if not options.resume:
-            for name in ("last.pt", "best.pt", "log.jsonl"):
+            for name in FILES:
                 (options.out / name).unlink(missing_ok=True)
         elif log.exists():  # an epoch that ended after the checkpoint is run again
             log.write_text("".join(log.read_text().splitlines(keepends=True)[: progress.epoch]))
@@ -731,9 +751,13 @@ def main(words: list[str] | None = None) -> int:
         sys.stderr.write(f"train.py: {reason}\n")  # in one piece: several processes may have something to say
         return 2 if isinstance(error, UsageError) else 1
     except RuntimeError as error:
-        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+        if "DataLoader worker" in str(error):
+            lost = "lost a loading process, perhaps to a lack of memory"
+        elif isinstance(error, dist.DistError) or "gloo" in str(error):
+            lost = f"rank {os.environ.get('RANK')} lost another one"
+        else:
             raise
-        sys.stderr.write(f"train.py: rank {os.environ.get('RANK')} lost another one: {first_line(error)}\n")
+        sys.stderr.write(f"train.py: {lost}: {first_line(error)}\n")
         return 1
     except KeyboardInterrupt:  # before or after training, which has handlers of its own
         return 128 + signal.SIGINT
