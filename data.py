@@ -873,6 +873,8 @@ def main():
     add_flags(parser)
     parser.add_argument("--workers", type=int, default=2, metavar="N", help="processes that read frames [2]")
     options = parser.parse_args()
+    if options.workers < 0:
+        parser.error("--workers must be 0 or more")
     sys.stdout.reconfigure(errors="backslashreplace")  # a name may hold what the terminal cannot show
     try:
         source = load(options)
@@ -903,4 +905,7 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)

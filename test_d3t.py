@@ -2269,15 +2269,17 @@ def test_usage_errors(fit, tmp_path):
 
 
 def test_trunk_weights(fit, tmp_path):
-    """Weights that load in part and in silence."""
+    """Weights that load in part and in silence; a command that cannot go on with --resume."""
     weights = {f"{k}": v + 1 for k, v in d3t.Trunk(4).state_dict().items()}
     torch.save(weights | {"layer4.0.conv1.0.0.weight": torch.zeros(1), "fc.bias": torch.zeros(400)}, tmp_path / "w.pt")
     flags = [*SMALL.split(), "--out", str(tmp_path / "run"), "--weights", str(tmp_path / "w.pt")]
     run, _ = train.build(*train.parse_args(flags))
     assert all(torch.equal(run.model.trunk.state_dict()[key], value) for key, value in weights.items())
+    assert fit(f"--weights {tmp_path}/w.pt --stop-after 1")[0] == 0
     del weights["stem.0.weight"]
     torch.save(weights, tmp_path / "w.pt")
-    status, printed = fit(f"--weights {tmp_path}/w.pt")
+    assert fit(f"--weights {tmp_path}/w.pt --stop-after 2 --resume")[0] == 0
+    status, printed = fit(f"--weights {tmp_path}/w.pt", out="other")
     assert status == 2 and "stem.0.weight" in printed
 
 
@@ -2323,11 +2325,20 @@ def test_pictures(fit, tmp_path, capsys):
         assert arrays["label"] == clip["label"] and arrays["frames"].shape == (2, 4, 4)
         assert abs(arrays["probabilities"].sum() - 1) < 1e-5
         assert np.allclose(arrays["tokens"].sum((1, 2, 3)), arrays["selected"].sum((1, 2, 3)), atol=1e-5)
+    state, lacking, log = checkpoint(best.parent, "best.pt"), tmp_path / "lacking.pt", tmp_path / "log" / "log.jsonl"
+    log.parent.mkdir()
+    shutil.copy(best, log.with_name("best.pt"))
+    log.write_text('{"loss": 1}\n')
+    del state["model"]["head.bias"]
+    torch.save(state, lacking)
+    torch.save(state | {"settings": state["settings"] | {"heads": 3}}, tmp_path / "heads.pt")
     for words, said in (
-        ((best, "--clips", 11), "0 to 10"), ((tmp_path / "gone.pt",), "gone.pt"),
+        ((best, "--clips", 11), "0 to 10"), ((tmp_path / "gone.pt",), "gone.pt"), ((best, "--boxes", 0), "--boxes 0"),
+        ((lacking,), "head.bias"), ((tmp_path / "heads.pt",), "heads = 3"), ((log.with_name("best.pt"),), "log.jsonl"),
+        ((best, "--out", best), "best.pt"),
         ((best, "--data", "pennaction", "--root", tmp_path), "Penn Action"),
     ):  # fmt: skip
-        assert explain.main([*map(str, words), "--out", str(out)]) == 2
+        assert explain.main(["--out", str(out), *map(str, words)]) == 2, words
         errors = capsys.readouterr().err
         assert said in errors and len(errors.splitlines()) == 1
 
@@ -2400,8 +2411,8 @@ def test_ablation(penn, tmp_path, capsys):
     """Rows with other settings than they say; runs that are trained twice, or taken for those of other settings."""
     flags = ["--data", "pennaction", "--root", penn, *SMALL.split(), "--epochs", "1", "--frames", "4"]
 
-    def run(*words):
-        status = ablate.main([*map(str, words), "--out", str(tmp_path), *map(str, flags)])
+    def run(what, *words):
+        status = ablate.main([what, "--out", str(tmp_path), *map(str, words), *map(str, flags)])
         return status, *capsys.readouterr()
 
     command = ["table5", "--seeds", 0, "--jobs", 2]
@@ -2421,6 +2432,8 @@ def test_ablation(penn, tmp_path, capsys):
     for words, said in (
         (command, "lr is 1.0, not 0.0005"), (["table4", "--seed", 3], "--seeds"),
         (["table4", "--no-such"], "--no-such"), (["table4", "--jobs", 0], "--jobs"),
+        (["table4", "--stop-after", 3], "--stop-after"), (["table4", "--sigma", 0], "sigma must"),
+        (["table4", "--out", path], "last.pt"),
     ):  # fmt: skip
         status, _, errors = run(*words)
         assert status == 2 and said in errors and len(errors.splitlines()) == 1

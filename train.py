@@ -528,7 +528,8 @@ def parse_args(words: list[str] | None) -> tuple[argparse.Namespace, dict]:
     text = "steps after which to stop as Ctrl-C would, to be resumed [never]"
     add("--stop-after", type=int, default=math.inf, metavar="N", help=text)
     add("--eval", type=Path, metavar="CKPT", help="only test this checkpoint")
-    add("--weights", type=Path, metavar="PATH", help="start the trunk from torchvision's r2plus1d_18 weights")
+    text = "start the trunk from torchvision's r2plus1d_18 weights; a run that goes on has its own"
+    add("--weights", type=Path, metavar="PATH", help=text)
     add("--device", choices=("cpu", "cuda"), help="[cuda where there is one]")
     add("--amp", choices=("off", "bf16", "fp16"), help="mixed precision [fp16 with CUDA, off without]")
     add("--compile", action="store_true", help="torch.compile the training step")
@@ -564,8 +565,8 @@ def parse_args(words: list[str] | None) -> tuple[argparse.Namespace, dict]:
         raise UsageError("--amp fp16 needs CUDA; on a CPU use bf16 or off")
     if options.device == "cuda" and not torch.cuda.is_available():
         raise UsageError("--device cuda: torch sees no CUDA device")
-    if options.resume and (options.overwrite or options.weights):
-        raise UsageError("--resume goes on with what is there: it does not go with --overwrite or --weights")
+    if options.resume and options.overwrite:
+        raise UsageError("--resume goes on with what is there: it does not go with --overwrite")
     return options, given
 
 

@@ -9,11 +9,13 @@ for Figure 7, a plot. A figure is the top-1 of the last epoch, not of the best.
 """
 
 import argparse
+import itertools
 import json
+import math
 import os
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, fields
 from pathlib import Path
 from statistics import mean, stdev
@@ -80,10 +82,10 @@ def train_row(folder: Path, words: list[str], jobs: int) -> float:
             raise train.UsageError(f"{folder} holds another run: {'; '.join(other)}; choose another --out")
     if not saved or saved["progress"]["epoch"] < saved["recipe"]["epochs"]:
         folder.mkdir(parents=True, exist_ok=True)
-        threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))}
+        threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))}  # unless it is set
         with (folder / "output.txt").open("a") as output:
             command = [sys.executable, train.__file__, *words]
-            done = subprocess.run(command, env=os.environ | threads, stdout=output, stderr=output)
+            done = subprocess.run(command, env=threads | os.environ, stdout=output, stderr=output)
         if done.returncode:
             said = (folder / "output.txt").read_text().strip().splitlines()
             raise train.UsageError(f"{folder} ended with status {done.returncode}: {said[-1] if said else ''}")
@@ -94,17 +96,17 @@ def train_row(folder: Path, words: list[str], jobs: int) -> float:
 
 def train_rows(rows: list[Row], place: Path, shared: list[str], seeds: list[int], jobs: int) -> list[list[float]]:
     """Top-1 by row and seed."""
-    with ThreadPoolExecutor(jobs) as pool:
-        found = []
-        for row in rows:
-            folder = place / (row.flags.replace("--", "").replace(" ", "-") or "as-it-is")
-            runs = ((folder / f"seed-{seed}", [*shared, *row.flags.split(), "--seed", str(seed)]) for seed in seeds)
-            found.append([pool.submit(train_row, *run, jobs) for run in runs])
-        try:
-            return [[future.result() for future in row] for row in found]
-        except BaseException:  # on Ctrl-C the runs under way save themselves; no other one is started
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+    pool, found = ThreadPoolExecutor(jobs), []
+    for row in rows:
+        folder = place / (row.flags.replace("--", "").replace(" ", "-") or "as-it-is")
+        runs = ((folder / f"seed-{seed}", [*shared, *row.flags.split(), "--seed", str(seed)]) for seed in seeds)
+        found.append([pool.submit(train_row, *run, jobs) for run in runs])
+    try:
+        for future in as_completed(itertools.chain(*found)):
+            future.result()
+    finally:  # no other run is started after one that failed, which is told at once; on Ctrl-C they save themselves
+        pool.shutdown(wait=False, cancel_futures=True)
+    return [[future.result() for future in row] for row in found]
 
 
 def table(rows: list[Row], found: list[list[float]]) -> str:
@@ -156,9 +158,9 @@ def main(words: list[str] | None = None) -> int:
             raise train.UsageError(f"--jobs must be 1 or more, not {options.jobs}")
         if options.what.startswith("fig"):
             data.need("matplotlib", "matplotlib", "to draw the plot")
-        flags, values = expected([*shared, "--out", str(options.out / "new")])
-        if values["seed"] or flags.resume or flags.overwrite or flags.eval:
-            raise train.UsageError("leave --seed, --resume, --overwrite and --eval to this tool; it has --seeds")
+        flags, values = expected(shared)
+        if values["seed"] or flags.resume or flags.overwrite or flags.eval or flags.stop_after < math.inf:
+            raise train.UsageError("--seed, --resume, --overwrite, --eval and --stop-after: not here; there is --seeds")
         settings = Settings(**{f.name: values[f.name] for f in fields(Settings) if f.name in values})
         place = options.out / "-".join([flags.data, *shared]).replace("--", "").replace("/", "_")
         rows = rows_of(options.what, settings)
@@ -170,7 +172,7 @@ def main(words: list[str] | None = None) -> int:
             plot(rows, found, "stride" if options.what == "fig7a" else "frames", place / f"{options.what}.png")
         print(f"in {place}")
         return 0
-    except (train.UsageError, data.DataError) as error:
+    except (train.UsageError, data.DataError, ValueError, OSError) as error:  # ValueError: settings that cannot be
         print(f"tools.ablate: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -31,14 +31,17 @@ def load_model(path: Path, options: argparse.Namespace) -> tuple[D3T, data.Sourc
     saved = train.load_checkpoint(path)
     options.data = options.data or saved["data"]
     source = data.load(options)
-    settings = Settings(**saved["settings"])
+    try:
+        settings = Settings(**saved["settings"])
+    except (ValueError, TypeError) as error:
+        raise train.UsageError(f"{path}: {error}") from None
     if (settings.classes, settings.joints) != (len(source.classes), len(source.joint_names)):
         raise train.UsageError(
             f"{path} knows {settings.classes} classes and {settings.joints} joints, {options.data} has "
             f"{len(source.classes)} and {len(source.joint_names)}: use --data {saved['data']}"
         )
     model = D3T(settings)
-    model.load_state_dict(saved["model"])
+    train.load_state(path, model, saved["model"])
     clips = data.Dataset(source, "test", settings.frames, settings.height, settings.width)
     return model.eval(), source, clips
 
@@ -158,7 +161,7 @@ def box_shares(model: D3T, clips: data.Dataset, count: int) -> dict[str, np.ndar
 
 def print_boxes(model: D3T, source: data.Source, clips: data.Dataset, count: int):
     """A markdown table of `box_shares`, with weights as they are drawn from seed 0 and as they were trained."""
-    if not source.clips["test"] or source.read is not data.draw:
+    if source.read is not data.draw:
         raise train.UsageError("--boxes needs --data synthetic: only there the place of the other figure is known")
     torch.manual_seed(0)
     untrained = box_shares(D3T(model.settings).eval(), clips, count)
@@ -173,8 +176,11 @@ def print_boxes(model: D3T, source: data.Source, clips: data.Dataset, count: int
 
 def draw_curve(plt, log: Path, path: Path):
     """Loss of every tenth step and accuracy after each epoch of the run that the checkpoint is from."""
-    lines = [json.loads(line) for line in log.read_text().splitlines()]
-    losses, steps = [loss for line in lines for loss in line["losses"]], [line["step"] for line in lines]
+    try:
+        lines = [json.loads(line) for line in log.read_text().splitlines()]
+        losses, steps = [loss for line in lines for loss in line["losses"]], [line["step"] for line in lines]
+    except (ValueError, KeyError, TypeError) as error:
+        raise train.UsageError(f"{log} is no log of train.py: {train.first_line(error)}") from None
     figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3))
     left.plot(10 * np.arange(1, len(losses) + 1), losses, marker=".")
     left.set(xlabel="step", ylabel="training loss", ylim=(0, None))
@@ -202,7 +208,9 @@ def main(words: list[str] | None = None) -> int:
     options = parser.parse_args(words)
     try:
         model, source, clips = load_model(options.checkpoint, options)
-        if options.boxes:
+        if options.boxes is not None:
+            if not 1 <= options.boxes <= len(clips):
+                raise train.UsageError(f"--boxes {options.boxes}: the test split has {len(clips)} clips")
             print_boxes(model, source, clips, options.boxes)
             return 0
         data.need("matplotlib", "matplotlib", "to draw the pictures")
@@ -211,9 +219,11 @@ def main(words: list[str] | None = None) -> int:
                 raise train.UsageError(f"--clips {number}: the test split has the clips 0 to {len(clips) - 1}")
         explain(options, model, source, clips)
         return 0
-    except (train.UsageError, data.DataError) as error:
+    except (train.UsageError, data.DataError, OSError) as error:
         print(f"tools.explain: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 130
 
 
 def explain(options: argparse.Namespace, model: D3T, source: data.Source, clips: data.Dataset):
