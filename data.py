@@ -137,7 +137,7 @@ class Dataset(torch.utils.data.Dataset):
         if self.hide == "video":
             video = np.full_like(video, 128)
         return {
-            "video": torch.from_numpy(np.ascontiguousarray(video.transpose(3, 0, 1, 2))),
+            "video": torch.from_numpy(np.ascontiguousarray(video)).permute(3, 0, 1, 2),
             "joints": torch.from_numpy(joints),
             "visible": torch.from_numpy(visible & inside.all(-1) & (self.hide != "joints")),
             "label": clip.label,
@@ -146,9 +146,14 @@ class Dataset(torch.utils.data.Dataset):
 
 
 def collate(samples: list[dict]) -> dict:
-    """Stack items to a batch; their lists of bad clips become one list."""
-    bad = [name for sample in samples for name in sample.pop("bad")]
-    return torch.utils.data.default_collate(samples) | {"bad": bad}
+    """Stack items to a batch; their lists of bad clips become one list.
+
+    In memory the colours of a pixel stay side by side, as decoders write and channels_last_3d convolutions read them.
+    """
+    bad = [name for sample in samples for name in sample["bad"]]
+    rest = [{**sample, "video": sample["video"].permute(1, 2, 3, 0), "bad": 0} for sample in samples]
+    batch = torch.utils.data.default_collate(rest)
+    return batch | {"video": batch["video"].permute(0, 4, 1, 2, 3), "bad": bad}  # (B, 3, T, H, W)
 
 
 def need(module: str, package: str, why: str):

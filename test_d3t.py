@@ -15,6 +15,7 @@ import math
 import multiprocessing
 import os
 import pickle
+import platform
 import re
 import resource
 import shutil
@@ -1780,6 +1781,21 @@ def test_batches_cover_an_epoch_once():
         assert sorted(together) == sorted(clip for batch in alone[2 * step : 2 * step + 2] for clip in batch)
     assert train.training_batches(50, recipe, 3, 24, worlds[1]) == shared[1][4:]
     assert train.training_batches(50, recipe, 4, 0, worlds[1]) != shared[1]
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
+def test_freed_memory_is_used_again():
+    """Settings of the C library that it ignores."""
+    code = """
+import resource, torch, train
+train.keep_memory()
+faults = []
+for _ in range(4):
+    torch.ones(2**24)
+    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+print(faults[3] - faults[1])
+"""
+    assert int(python("-c", code, cwd=HERE).stdout) < 100  # of 2 * 16,384 pages
 
 
 def test_learning_rate():

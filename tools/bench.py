@@ -675,6 +675,7 @@ def parse_args(words: list[str] | None) -> tuple[argparse.Namespace, list[Settin
 
 def main() -> int:
     (options, several), failed = parse_args(None), False
+    train.keep_memory()
     name = torch.cuda.get_device_name() if options.device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
     for s in several:
         for section in SECTIONS.values() if options.what == "all" else [SECTIONS[options.what]]:
