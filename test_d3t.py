@@ -1617,7 +1617,7 @@ def healthy(request, tmp_path):
 
 def flags(source, root):
     paths = dict(root=[root], annotations=[root / "gym_hrnet.pkl"])
-    return argparse.Namespace(data=source, split_train="train", split_val="val", **paths)
+    return argparse.Namespace(data=source, split_train=None, split_val=None, **paths)
 
 
 @pytest.mark.parametrize("share", [10, pytest.param(1, marks=pytest.mark.slow)])

@@ -1,7 +1,7 @@
 """Rerun an ablation of the paper: Table 4 (attentions), Table 5 (modal tokens), Fig. 7a (windows), Fig. 7b (frames).
 
     python -m tools.ablate table4                                       # the synthetic set
-    python -m tools.ablate fig7b --data pennaction --preset small       # any flag of train.py, for every row
+    python -m tools.ablate fig7b --data pennaction --preset small       # flags of train.py, for every row
 
 Every row is trained by `train.py` with the same budget and the same seeds, in a folder of its own; rows that two
 tables share are trained once. The same command goes on where it was interrupted. It ends with a table (markdown) and,
