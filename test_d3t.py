@@ -1616,8 +1616,8 @@ def healthy(request, tmp_path):
 
 
 def flags(source, root):
-    paths = dict(root=[root], annotations=[root / "gym_hrnet.pkl"])
-    return argparse.Namespace(data=source, split_train=None, split_val=None, **paths)
+    annotations = [root / "gym_hrnet.pkl"] if source == "pyskl" else None
+    return argparse.Namespace(data=source, root=[root], annotations=annotations, split_train=None, split_val=None)
 
 
 @pytest.mark.parametrize("share", [10, pytest.param(1, marks=pytest.mark.slow)])
