@@ -454,8 +454,10 @@ def save_checkpoint(run: Run, name: str):
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, path)
-    except (OSError, RuntimeError) as error:  # the disk is full
+    except (OSError, RuntimeError) as error:  # the disk is full, or a loading process was killed just now
         beside.unlink(missing_ok=True)
+        if "DataLoader worker" in str(error):
+            raise
         raise RunError(f"{path} cannot be written, the one before it stays: {first_line(error)}") from None
 
 
