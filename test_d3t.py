@@ -2423,6 +2423,14 @@ def test_operations_of_the_benchmark():
     assert counted["rest"] == 2 * s.frames * (s.joints * s.channels * D + s.blocks * 2 * D * D)
 
 
+def test_loader_of_the_benchmark():
+    """Bare decoding that does not go through the same processes and batches."""
+    for package in ("scipy", "PIL"):
+        pytest.importorskip(package, reason=f"needs {package}, for the clips")
+    options = argparse.Namespace(clips=6, rounds=1, device=torch.device("cpu"))
+    assert all(speed > 0 for speed in bench.jpeg_loader(small(), options, workers=1).values())
+
+
 def test_ablation(penn, tmp_path, capsys):
     """Rows with other settings than they say; runs that are trained twice, or taken for those of other settings."""
     flags = ["--data", "pennaction", "--root", penn, *SMALL.split(), "--epochs", "1", "--frames", "4"]
