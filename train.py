@@ -193,7 +193,7 @@ def keep_memory():
     """Keep what is freed: glibc returns large blocks, and new pages for every tensor take up to a tenth of a step."""
     with suppress(AttributeError, OSError, TypeError):  # another C library
         mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-4, 0)  # M_MMAP_MAX: no block is mapped for itself
+        mallopt(-4, 0)  # M_MMAP_MAX: no block is mapped by itself, to be unmapped
         mallopt(-1, -1)  # M_TRIM_THRESHOLD: none is returned
 
 
