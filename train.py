@@ -456,8 +456,9 @@ def save_checkpoint(run: Run, name: str):
         os.replace(beside, path)
     except (OSError, RuntimeError) as error:  # the disk is full, or a loading process was killed just now
         beside.unlink(missing_ok=True)
-        if "DataLoader worker" in str(error):
-            raise
+        for cause in (error, error.__context__):  # torch.save, when it is left halfway, has an error of its own
+            if "DataLoader worker" in str(cause):
+                raise cause from None
         raise RunError(f"{path} cannot be written, the one before it stays: {first_line(error)}") from None
 
 
