@@ -151,8 +151,8 @@ def collate(samples: list[dict]) -> dict:
     In memory the colours of a pixel stay side by side, as decoders write and channels_last_3d convolutions read them.
     """
     bad = [name for sample in samples for name in sample["bad"]]
-    rest = [{**sample, "video": sample["video"].permute(1, 2, 3, 0), "bad": 0} for sample in samples]
-    batch = torch.utils.data.default_collate(rest)
+    rest = [{key: value for key, value in sample.items() if key != "bad"} for sample in samples]
+    batch = torch.utils.data.default_collate([each | {"video": each["video"].permute(1, 2, 3, 0)} for each in rest])
     return batch | {"video": batch["video"].permute(0, 4, 1, 2, 3), "bad": bad}  # (B, 3, T, H, W)
 
 

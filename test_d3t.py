@@ -1795,7 +1795,7 @@ for _ in range(20):
     faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
 print(faults[-1] - faults[9])
 """
-    assert int(python("-c", code, cwd=HERE).stdout) < 1000  # of 10 * 16,384 pages
+    assert int(python("-c", code, cwd=HERE).stdout) < 100  # of 10 * 16,384 pages
 
 
 def test_learning_rate():
@@ -2173,6 +2173,23 @@ def test_a_full_disk(faulty):
     status, printed = faulty.finish("--resume", preexec_fn=full)
     assert status == 1 and "last.pt cannot be written" in printed.splitlines()[-1] and "Traceback" not in printed
     assert (faulty.run / "last.pt").read_bytes() == before and not (faulty.run / "last.tmp").exists()
+
+
+@pytest.mark.parametrize("then", ["", "unexpected pos"])
+def test_a_loading_process_that_is_lost_during_a_save(then, fit, tmp_path, monkeypatch):
+    """A killed loading process that is told as a full disk, also where torch.save has an error of its own on top."""
+
+    def save(*_):
+        try:
+            raise RuntimeError("DataLoader worker (pid 1) is killed by signal: Killed.")
+        finally:
+            if then:
+                raise RuntimeError(then)
+
+    monkeypatch.setattr(torch, "save", save)
+    status, printed = fit("--stop-after 2")
+    assert status == 1 and printed.splitlines()[-1].startswith("train.py: lost a loading process")
+    assert not (tmp_path / "run" / "last.tmp").exists()
 
 
 def test_damaged_checkpoints(fit, tmp_path):

@@ -158,6 +158,14 @@ class World:
         return box[0]
 
 
+def keep_memory():
+    """Keep what is freed: glibc returns large blocks, and new pages for every tensor take up to a tenth of a step."""
+    with suppress(AttributeError, OSError, TypeError):  # another C library
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-4, 0)  # M_MMAP_MAX: no block is mapped by itself, to be unmapped
+        mallopt(-1, -1)  # M_TRIM_THRESHOLD: none is returned
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # Batches
 # --------------------------------------------------------------------------------------------------------------------
@@ -187,14 +195,6 @@ def load_batches(dataset: data.Dataset, batches: list, workers: int, device: tor
         pin_memory=device.type == "cuda",
         worker_init_fn=leave_group,
     )
-
-
-def keep_memory():
-    """Keep what is freed: glibc returns large blocks, and new pages for every tensor take up to a tenth of a step."""
-    with suppress(AttributeError, OSError, TypeError):  # another C library
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-4, 0)  # M_MMAP_MAX: no block is mapped by itself, to be unmapped
-        mallopt(-1, -1)  # M_TRIM_THRESHOLD: none is returned
 
 
 def leave_group(worker: int):
@@ -484,6 +484,7 @@ def load_checkpoint(path: Path) -> dict:
             names = {f.name for f in fields(kind)}
             if names != set(state[part]):
                 raise UsageError(f"it is of another version, {part} differ in {', '.join(names ^ set(state[part]))}")
+            kind(**state[part])  # ValueError or TypeError for values that cannot be
     except Exception as error:
         reason = str(error) if isinstance(error, UsageError) else first_line(error)
         raise UsageError(f"{path} is no checkpoint of this train.py: {reason}") from None
@@ -596,7 +597,7 @@ def configure(options: argparse.Namespace, given: dict, source: data.Source, sav
     try:
         settings = Settings(**{f.name: values[f.name] for f in fields(Settings) if f.name in values})
         recipe = Recipe(**{f.name: values[f.name] for f in fields(Recipe) if f.name in values})
-    except (ValueError, TypeError) as error:  # in a checkpoint, a value may be of another type
+    except ValueError as error:
         raise UsageError(str(error)) from None
     parts, clips = world.size * recipe.accumulate, len(source.clips["train"])
     if recipe.batch % parts and not options.eval:

@@ -161,7 +161,10 @@ def main(words: list[str] | None = None) -> int:
         flags, values = expected(shared)
         if values["seed"] or flags.resume or flags.overwrite or flags.eval or flags.stop_after < math.inf:
             raise train.UsageError("--seed, --resume, --overwrite, --eval and --stop-after: not here; there is --seeds")
-        settings = Settings(**{f.name: values[f.name] for f in fields(Settings) if f.name in values})
+        try:
+            settings = Settings(**{f.name: values[f.name] for f in fields(Settings) if f.name in values})
+        except ValueError as error:
+            raise train.UsageError(str(error)) from None
         place = options.out / "-".join([flags.data, *shared]).replace("--", "").replace("/", "_")
         rows = rows_of(options.what, settings)
         found = train_rows(rows, place, shared, options.seeds, options.jobs)
@@ -172,7 +175,7 @@ def main(words: list[str] | None = None) -> int:
             plot(rows, found, "stride" if options.what == "fig7a" else "frames", place / f"{options.what}.png")
         print(f"in {place}")
         return 0
-    except (train.UsageError, data.DataError, ValueError, OSError) as error:  # ValueError: settings that cannot be
+    except (train.UsageError, data.DataError, OSError) as error:
         print(f"tools.ablate: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

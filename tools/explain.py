@@ -31,10 +31,7 @@ def load_model(path: Path, options: argparse.Namespace) -> tuple[D3T, data.Sourc
     saved = train.load_checkpoint(path)
     options.data = options.data or saved["data"]
     source = data.load(options)
-    try:
-        settings = Settings(**saved["settings"])
-    except (ValueError, TypeError) as error:
-        raise train.UsageError(f"{path}: {error}") from None
+    settings = Settings(**saved["settings"])
     if (settings.classes, settings.joints) != (len(source.classes), len(source.joint_names)):
         raise train.UsageError(
             f"{path} knows {settings.classes} classes and {settings.joints} joints, {options.data} has "
