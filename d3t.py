@@ -23,7 +23,7 @@ Where the paper is silent, this file decides as follows (the README says why, wh
     absent is a constant token, attended to as any other
   - Z and P pass one LayerNorm where they are embedded; the attentions have none in front, as in Eq. (6)
   - 3DTS: a depthwise convolution of kernel k and a pointwise one; offsets are tanh(.) * (k - 1) / 2 tokens
-  - the position embedding is a temporal plus a spatial table; MSA ends in a linear layer; an FFN is 4D wide inside
+  - the position embedding is a temporal plus a spatial table; MSA ends in a linear layer; an FFN is 4 * D wide inside
   - both stride attentions are the block of Eq. (6) and (7), too; the two M'_CLS are fused by one linear layer
   - stride windows are of equal size and attend within themselves; a token that lies in several gets the mean of its
     copies; the last window is moved back to fit
@@ -139,7 +139,7 @@ def joint_tokens(F_a: Tensor, joints: Tensor, visible: Tensor, sigma: float, str
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# The attention block (Eq. 6, 7), which all three attention modules share
+# The attention block (Eq. 6, 7): each of the three attention modules has one of its own
 # --------------------------------------------------------------------------------------------------------------------
 
 
@@ -165,8 +165,8 @@ class AttentionBlock(nn.Module):
         out = F.scaled_dot_product_attention(q, k, v)
         return self.Wo(out.transpose(1, 2).flatten(2))  # (B, n, D)
 
-    def weights(self, X: Tensor, X_: Tensor) -> Tensor:
-        """The attention that `msa` does not keep: (B, n, m), mean over the heads; each row sums to 1."""
+    def attention_map(self, X: Tensor, X_: Tensor) -> Tensor:
+        """The weights that `msa` does not keep: (B, n, m), mean over the heads; each row sums to 1."""
         q, k = self.split(self.Wq(X)), self.split(self.Wk(X_))
         return (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).softmax(-1).mean(1)
 
@@ -201,13 +201,6 @@ def sample_tokens(Z: Tensor, points: Tensor) -> Tensor:
     return out[:, :, 0, 0].transpose(1, 2).unflatten(1, points.shape[1:-1])  # (B, D, 1, 1, n) -> (B, ..., D)
 
 
-def place_back(values: Tensor, points: Tensor, grid: tuple[int, int, int]) -> Tensor:
-    """The transpose of `sample_tokens`: values (B, ...) at points (B, ..., 3) -> (B, T, h, w) with the same sum."""
-    with torch.enable_grad():
-        Z = values.new_zeros(len(values), *grid, 1).requires_grad_()
-        return torch.autograd.grad(sample_tokens(Z, points), Z, values[..., None])[0][..., 0]
-
-
 class TokenSearch(nn.Module):
     """3DTS, the 3D token search of Eq. (3) and Fig. 3: Z (B, T, h, w, D) -> Z~ (B, T~, h~, w~, D).
 
@@ -229,7 +222,7 @@ class TokenSearch(nn.Module):
         """p + delta p, in tokens (t, h, w): (B, T~, h~, w~, 3), float32 also under autocast."""
         x = self.conv(Z.permute(0, 4, 1, 2, 3))  # (B, D, T~, h~, w~)
         x = F.gelu(self.norm(x.permute(0, 2, 3, 4, 1)))  # (B, T~, h~, w~, D)
-        with torch.autocast(Z.device.type, enabled=False):  # 16 bits would move a point by hundredths of a token
+        with torch.autocast(Z.device.type, enabled=False):  # in 16 bits, a point would be rounded
             offset = self.offset(x.to(self.offset.weight.dtype)).tanh() * self.reach
             return self.reference + offset
 
@@ -346,8 +339,8 @@ class Settings:
     sigma: float = setting(1.0, "sigma of Eq. (2), cells of F_a (open)")
     joint_window: int = setting(8, "joints in a window of joint stride attention (open)")
     joint_stride: int = setting(4, "joints from one window to the next (open)")
-    temporal_window: int = setting(4, "frames in a window of temporal stride attention (Fig. 7a)")
-    temporal_stride: int = setting(2, "frames from one window to the next (Fig. 7a)")
+    temporal_window: int = setting(4, "frames in a window of temporal stride attention (open)")
+    temporal_stride: int = setting(2, "frames from one window to the next, about half a window (Fig. 7a)")
     modal_tokens: int = setting(3, "modal tokens of a frame: 3 cross-modal, 1 single, 0 none (Table 5)")
     deformable_attention: bool = setting(True, "with 3D deformable attention (Table 4)")
     joint_attention: bool = setting(True, "with local joint stride attention (Table 4)")
@@ -366,7 +359,7 @@ class Settings:
         if self.modal_tokens not in (0, 1, 3):
             raise ValueError(f"modal_tokens must be 3, 1 or 0 (Table 5), not {self.modal_tokens}")
         if not (self.deformable_attention or self.temporal_attention):
-            raise ValueError("without deformable_attention and temporal_attention the RGB tokens reach nothing")
+            raise ValueError("without deformable_attention and temporal_attention no attention sees the RGB tokens")
         for axis, length, used in (
             ("joint", self.joints, self.joint_attention),
             ("temporal", self.frames, self.temporal_attention),
@@ -425,22 +418,6 @@ class Block(nn.Module):
         return Z, P, M
 
 
-@dataclass
-class Explanation:
-    """What the modal tokens attend to in each of the L blocks, mean over heads; None where a module is absent.
-
-    Without modal tokens (Table 5) it is what all tokens attend to. A row of `frames` sums to 1, `selected` and `tokens`
-    to 1 less the share of the modal tokens, and so does `joints` in each window, before the mean over windows.
-    """
-
-    logits: Tensor  # (B, classes)
-    points: Tensor | None  # (B, L, T~, h~, w~, 3), where 3DTS reads Z, in tokens (t, h, w)
-    selected: Tensor | None  # (B, L, T~, h~, w~), attention on the tokens that 3DTS selected
-    tokens: Tensor | None  # (B, L, T, h, w), the same placed back on the tokens it was read from (Fig. 5)
-    joints: Tensor | None  # (B, L, T, R), attention on each joint, mean over its windows (Fig. 6)
-    frames: Tensor | None  # (B, L, T, T), from the tokens of a frame to those of another; each row sums to 1
-
-
 class D3T(nn.Module):
     """The 3D deformable transformer (Fig. 2a).
 
@@ -464,7 +441,7 @@ class D3T(nn.Module):
 
         self.has_pose = s.joint_attention or s.temporal_attention or not s.modal_tokens
         if self.has_pose:  # all but row 2 of Table 4: 3D deformable attention alone never looks at the joints
-            # No bias: an absent joint is zero here, where the gradient of the norm is 1/sqrt(eps) times as large
+            # No bias: an absent joint is zero here, and the norm multiplies the gradient of a zero token by 1/sqrt(eps)
             self.embed_pose = nn.Linear(s.channels, D, bias=False)
             self.norm_pose = nn.LayerNorm(D)
             self.position_p = nn.Parameter(torch.zeros(T, s.joints, D)) if s.pose_embedding else None
@@ -512,7 +489,9 @@ class D3T(nn.Module):
         P = Z[:, :, :0]  # (B, T, 0, D)
         if self.has_pose:
             P = self.embed_pose(joint_tokens(F_a, joints, visible, self.settings.sigma))  # (B, T, R, D)
-            P = self.norm_pose(P if self.position_p is None else P + self.position_p)
+            P = self.norm_pose(P)
+            if self.position_p is not None:  # after the norm, which would make it all there is of an absent joint
+                P = P + self.position_p
 
         # Cross-modal tokens (Sec. 3.2)
         M = Z[:, :, :0] if self.modal is None else self.modal.expand(len(Z), -1, -1, -1)  # (B, T, 3, D)
@@ -520,7 +499,7 @@ class D3T(nn.Module):
             Z, P, M = block(Z, P, M)
 
         if self.modal is not None:
-            return self.head(M.mean(1).flatten(1))  # (B, T, 3, D) -> (B, 3D) -> (B, classes)
+            return self.head(M.mean(1).flatten(1))  # (B, T, 3, D) -> (B, 3 * D) -> (B, classes)
         return self.head(torch.cat([Z.mean((1, 2)), P.mean((1, 2))], dim=-1))  # Table 5, "No tokens"
 
     def check(self, video: Tensor, joints: Tensor, visible: Tensor):
@@ -535,49 +514,89 @@ class D3T(nn.Module):
         if visible.dtype != torch.bool:
             raise ValueError(f"visible must be bool, not {visible.dtype}")
 
-    @torch.no_grad()
-    def explain(self, video: Tensor, joints: Tensor, visible: Tensor) -> Explanation:
-        """Run the model as `forward` does and say what it attended to; `forward` itself pays nothing for it.
+    def explain(self, video: Tensor, joints: Tensor, visible: Tensor) -> "Explanation":
+        """The logits and what led to them: see `Explanation`. `forward` pays nothing for it."""
+        return explain(self, video, joints, visible)
 
-        Not under `torch.inference_mode`: placing attention back on the tokens takes a gradient.
-        """
-        seen = {}  # what went into the modules that attend and search
-        watched = [m for m in self.modules() if isinstance(m, (AttentionBlock, TokenSearch))]
-        hooks = [m.register_forward_pre_hook(lambda module, inputs: seen.update({module: inputs})) for m in watched]
-        try:
-            logits = self(video, joints, visible)
-        finally:
-            for hook in hooks:
-                hook.remove()
 
-        s, maps = self.settings, {name: [] for name in ("points", "selected", "tokens", "joints", "frames")}
-        T, m = s.frames, s.modal_tokens
-        for block in self.blocks:
-            if block.deformable is not None:
-                search, attention = block.deformable.search, block.deformable.attention
-                X, X_ = seen[attention]
-                asking = X.unflatten(1, (T, -1))[:, :, -min(m, 2) :].flatten(1, 2)  # [M_RGB, M_CLS] of all frames
-                points = search.points(*seen[search])
-                given = attention.weights(asking, X_).mean(1)[:, : points.shape[1:-1].numel()]
-                given = given.view(points.shape[:-1])  # (B, T~, h~, w~)
-                maps["points"].append(points)
-                maps["selected"].append(given)
-                maps["tokens"].append(place_back(given, points, s.grid))
-            if block.joint is not None:
-                index, attention = block.joint.index, block.joint.attention
-                X = seen[attention][0]  # (B*n, T*(window + 2), D)
-                asking = X.unflatten(1, (T, -1))[:, :, -min(m, 2) :].flatten(1, 2)  # [M'_CLS, M_pose]
-                given = attention.weights(asking, X).mean(1).view(len(video), len(index), T, -1)
-                given = given[..., : index.shape[1]]  # (B, n, T, window)
-                maps["joints"].append(mean_of_windows(given, index, dim=2, length=s.joints))
-            if block.temporal is not None:
-                index, attention = block.temporal.index, block.temporal.attention
-                n, window = index.shape
-                X = seen[attention][0]  # (B*n, window*N, D)
-                asking = X.unflatten(1, (window, -1))[:, :, -m:].flatten(1, 2)  # M, the last tokens of a frame
-                given = attention.weights(asking, X).view(len(video), n, window, -1, window, X.shape[1] // window)
-                given = given.mean(3).sum(-1)  # (B, n, window, window), from frame to frame
-                rows = given.new_zeros(len(video), n, window, T)
-                rows = rows.scatter(3, index[None, :, None].expand_as(given), given)  # (B, n, window, T)
-                maps["frames"].append(mean_of_windows(rows, index, dim=1, length=T))
-        return Explanation(logits, **{k: torch.stack(v, dim=1) if v else None for k, v in maps.items()})
+# --------------------------------------------------------------------------------------------------------------------
+# What it attends to (Fig. 5, Fig. 6)
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Explanation:
+    """What the modal tokens attend to in each of the L blocks, mean over heads; None where a module is absent.
+
+    Without modal tokens (Table 5) it is what all tokens attend to. A row of `frames` sums to 1, `selected` and `tokens`
+    to 1 less the share of the modal tokens, and so does `joints` in each window, before the mean over windows.
+    """
+
+    logits: Tensor  # (B, classes)
+    points: Tensor | None  # (B, L, T~, h~, w~, 3), where 3DTS reads Z, in tokens (t, h, w)
+    selected: Tensor | None  # (B, L, T~, h~, w~), attention on the tokens that 3DTS selected
+    tokens: Tensor | None  # (B, L, T, h, w), the same placed back on the tokens it was read from (Fig. 5)
+    joints: Tensor | None  # (B, L, T, R), attention on each joint, mean over its windows (Fig. 6)
+    frames: Tensor | None  # (B, L, T, T), from the modal tokens of a frame to all tokens of each frame
+
+
+def place_back(values: Tensor, points: Tensor, grid: tuple[int, int, int]) -> Tensor:
+    """The transpose of `sample_tokens`: values (B, ...) at points (B, ..., 3) -> (B, T, h, w) with the same sum."""
+    with torch.enable_grad():  # sampling is linear in Z: its gradient is its transpose
+        Z = values.new_zeros(len(values), *grid, 1).requires_grad_()
+        return torch.autograd.grad(sample_tokens(Z, points), Z, values[..., None])[0][..., 0]
+
+
+@torch.no_grad()
+def explain(model: D3T, video: Tensor, joints: Tensor, visible: Tensor) -> Explanation:
+    """Run the model as `forward` does, keep what went into each attention and search, and attend once more.
+
+    Not in training mode, which would move the averages of the batch norms, and not under `torch.inference_mode`:
+    placing attention back on the tokens takes a gradient.
+    """
+    if model.training:
+        raise RuntimeError("explain needs a model in evaluation mode: call model.eval() before")
+    went_in = {}
+
+    def remember(module, inputs):
+        went_in[module] = inputs
+
+    watched = [module for module in model.modules() if isinstance(module, (AttentionBlock, TokenSearch))]
+    hooks = [module.register_forward_pre_hook(remember) for module in watched]
+    try:
+        logits = model(video, joints, visible)
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+    s, maps = model.settings, {name: [] for name in ("points", "selected", "tokens", "joints", "frames")}
+    B, T = len(video), s.frames
+    for block in model.blocks:
+        if block.deformable is not None:
+            search, attention = block.deformable.search, block.deformable.attention
+            X, X_ = went_in[attention]
+            queries = X.unflatten(1, (T, -1))[:, :, -min(s.modal_tokens, 2) :].flatten(1, 2)  # [M_RGB, M_CLS]
+            points = search.points(*went_in[search])
+            selected = attention.attention_map(queries, X_).mean(1)[:, : points.shape[1:-1].numel()]
+            selected = selected.view(points.shape[:-1])  # (B, T~, h~, w~)
+            maps["points"].append(points)
+            maps["selected"].append(selected)
+            maps["tokens"].append(place_back(selected, points, s.grid))
+        if block.joint is not None:
+            index, attention = block.joint.index, block.joint.attention
+            n, window = index.shape
+            X = went_in[attention][0]  # (B*n, T*(window + 2), D)
+            queries = X.unflatten(1, (T, -1))[:, :, -min(s.modal_tokens, 2) :].flatten(1, 2)  # [M'_CLS, M_pose]
+            given = attention.attention_map(queries, X).mean(1).view(B, n, T, -1)[..., :window]  # (B, n, T, window)
+            maps["joints"].append(mean_of_windows(given, index, dim=2, length=s.joints))
+        if block.temporal is not None:
+            index, attention = block.temporal.index, block.temporal.attention
+            n, window = index.shape
+            X = went_in[attention][0]  # (B*n, window*N, D)
+            queries = X.unflatten(1, (window, -1))[:, :, -s.modal_tokens :].flatten(1, 2)  # M, last in a frame
+            given = attention.attention_map(queries, X).view(B, n, window, -1, window, X.shape[1] // window)
+            given = given.mean(3).sum(-1)  # (B, n, window, window), from frame to frame
+            rows = given.new_zeros(B, n, window, T)
+            rows = rows.scatter(3, index[None, :, None].expand_as(given), given)  # (B, n, window, T)
+            maps["frames"].append(mean_of_windows(rows, index, dim=1, length=T))
+    return Explanation(logits, **{name: torch.stack(of, dim=1) if of else None for name, of in maps.items()})

@@ -306,7 +306,9 @@ def test_temporal_stride_attention_is_fig_4b(T, N, window, stride):
     close(module(X), expected)
 
 
-@pytest.mark.parametrize("changes", [{}, dict(frames=4, width=48, joints=5), dict(height=41, temporal_window=5)])
+@pytest.mark.parametrize(
+    "changes", [{}, dict(frames=4, width=48, joints=5), dict(height=41, temporal_window=5), dict(pose_embedding=True)]
+)
 def test_model_is_fig_2a(changes):
     """Modal tokens dispatched to the wrong attention, the CLS fusion forgotten, an embedding or a norm missing."""
     s = small(**changes)
@@ -322,6 +324,7 @@ def test_model_is_fig_2a(changes):
         Z = np.array([[layer_norm(z + w["position_t"][t, 0] + w["position_s"][0, n], w, "norm_rgb")
                        for n, z in enumerate(frame)] for t, frame in enumerate(Z)])  # fmt: skip
         p = np.array([[layer_norm(w["embed_pose.weight"] @ j, w, "norm_pose") for j in frame] for frame in P[b]])
+        p = p + w.get("position_p", 0.0)
         m = w["modal"].transpose(1, 0, 2)
         for i in range(s.blocks):
             Z, p, *m = loop_block(Z, p, *m, part(w, f"blocks.{i}."), s)
@@ -676,6 +679,8 @@ def test_explanation_is_the_attention_of_the_modal_tokens():
     close(said.frames.sum(-1), np.ones((2, 1, T)))
     without = D3T(small(modal_tokens=0, joint_attention=False)).eval().explain(video, joints, visible)
     assert without.joints is None and without.frames.shape == (2, 2, T, T)
+    with pytest.raises(RuntimeError, match="eval"):  # it would move the averages of the batch norms
+        model.train().explain(*inputs)
 
 
 def test_one_graph_for_the_compiler():

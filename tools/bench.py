@@ -229,7 +229,7 @@ class Plain(nn.Module):
         if m.has_pose:
             heatmaps = d3t.joint_heatmaps(joints, visible, F_a.shape[-2:], 2, m.settings.sigma)
             P = m.embed_pose(torch.einsum("bcthw, btrhw -> btrc", F_a, heatmaps))
-            P = m.norm_pose(P if m.position_p is None else P + m.position_p)
+            P = m.norm_pose(P) if m.position_p is None else m.norm_pose(P) + m.position_p
         if m.modal is not None:
             M = m.modal.expand(len(Z), -1, -1, -1)
         for block in m.blocks:
