@@ -20,12 +20,11 @@ import math
 import os
 import pickle
 import signal
-import subprocess
 import sys
 import textwrap
 import time
 import zlib
-from contextlib import nullcontext, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, fields
 from itertools import islice
 from pathlib import Path
@@ -89,7 +88,8 @@ PRESETS = {  # what differs from the paper's
         frames=6, height=40, width=40, channels=16, blocks=2, heads=4, kernel=3, batch=16, lr=1e-3, epochs=2, warmup=0.5
     ),
 }
-MAY_CHANGE = {"batch", "accumulate"}  # between the parts of a run that is resumed
+LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))  # of this process on its machine, by torchrun
+RESTARTS = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))  # after which torchrun gives up
 FILES = ("last.pt", "best.pt", "log.jsonl")  # of a run, in its folder
 
 
@@ -115,19 +115,15 @@ class World:
     @classmethod
     def join(cls, device: str) -> "World":
         rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        device = torch.device(device, int(os.environ.get("LOCAL_RANK", 0))) if device == "cuda" else torch.device("cpu")
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-        if (
-            os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
-            and os.environ["TORCHELASTIC_USE_AGENT_STORE"] == "True"
-        ):
+        if device == "cuda":
+            torch.cuda.set_device(LOCAL_RANK)
+        if RESTARTS and os.environ["TORCHELASTIC_USE_AGENT_STORE"] == "True":
             raise UsageError(  # pytorch issue 135712: restarted processes look for each other where they were before
                 "torchrun --max-restarts works only with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its environment"
             )
         if size > 1:
-            dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-        return cls(rank, size, device)
+            dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
+        return cls(rank, size, torch.device(device))
 
     def sum(self, values) -> torch.Tensor:
         """Sum over the processes; on the CPU, so that it never waits for the device."""
@@ -145,12 +141,10 @@ class World:
 
     def from_first(self, function):
         """What `function()` returns or raises on rank 0, on every rank: a data set is indexed once."""
-        box = [None]
-        if self.rank == 0:
-            try:
-                box = [function()]
-            except (data.DataError, UsageError, OSError) as error:
-                box = [error]
+        try:
+            box = [function() if self.rank == 0 else None]
+        except (data.DataError, UsageError, OSError) as error:
+            box = [error]
         if self.size > 1:
             dist.broadcast_object_list(box)
         if isinstance(box[0], Exception):
@@ -240,7 +234,6 @@ class Run:
     scaler: torch.amp.GradScaler
     progress: Progress
     clips: str  # that it is trained and tested on, to know them again
-    lock: list  # the open file that keeps other runs out of the folder
     signal: int = 0  # that asked the run to stop
 
     def autocast(self):
@@ -274,14 +267,6 @@ def backward(run: Run, batches: list[dict]) -> torch.Tensor:
     return total
 
 
-def on_its_way(values: torch.Tensor) -> tuple:
-    """A copy to the CPU and an event to wait for: `item` would wait for what the device was given since, as well."""
-    copy, event = values.to("cpu", non_blocking=True), torch.cuda.Event() if values.is_cuda else None
-    if event:
-        event.record()
-    return copy, event
-
-
 def train_one_epoch(run: Run, dataset: data.Dataset) -> bool:
     """Train on what is left of the epoch; False if the run was asked to stop before its end."""
     world, recipe, progress = run.world, run.recipe, run.progress
@@ -297,35 +282,32 @@ def train_one_epoch(run: Run, dataset: data.Dataset) -> bool:
         disable=world.rank > 0 or None,  # None: only where somebody watches
     )
     begin = time.time() - progress.seconds
-    losses = torch.tensor(progress.loss, dtype=torch.float64, device=world.device)  # stays there: no wait in a step
-    latest, finite = None, math.nan  # the step that is not known to be sound yet; the loss of the one before it
+    pending, finite = [], math.nan  # loss, norm and clips of steps that are not known to be sound; the loss before them
 
     def check():
-        """All processes stop where the loss of one of them is not finite."""
-        nonlocal finite, latest
-        if not latest:
-            return
-        (copy, event), clips = latest
-        if event:
-            event.synchronize()
-        loss, norm = copy.tolist()
-        sound = math.isfinite(loss) and (math.isfinite(norm) or run.scaler.is_enabled())  # fp16 skips such a step
-        unsound, total = world.sum([not sound, loss]).tolist()
-        if unsound:
-            parts = world.gather([(loss, clips)])
-            blamed = [part for part in parts if not math.isfinite(part[0])]
-            names = ", ".join(name for _, clips in blamed or parts for name in clips)  # a gradient is that of all
-            raise RunError(
-                f"the {'loss' if blamed else 'gradient'} is not finite, at a step on {names}. The last finite loss "
-                f"was {finite:.4f}; the last checkpoint stays"
-            )
-        finite, latest = loss, None
-        if progress.step % 10 == 0:
+        """All processes stop where the loss of one of them was not finite. Only here a process waits for its device."""
+        nonlocal finite
+        values = torch.stack([value for value, _ in pending]).tolist() if pending else []
+        for (loss, norm), (_, clips) in zip(values, pending):
+            sound = math.isfinite(loss) and (math.isfinite(norm) or run.scaler.is_enabled())  # fp16 skips such a step
+            unsound, total = world.sum([not sound, loss]).tolist()
+            if unsound:
+                parts = world.gather([(loss, clips)])
+                blamed = [part for part in parts if not math.isfinite(part[0])]
+                names = ", ".join(name for _, clips in blamed or parts for name in clips)  # a gradient is that of all
+                raise RunError(
+                    f"the {'loss' if blamed else 'gradient'} is not finite, at a step on {names}. The last finite "
+                    f"loss was {finite:.4f}; the last checkpoint stays"
+                )
+            finite, progress.loss = loss, progress.loss + recipe.batch * total / world.size
+        if pending and progress.step % 10 == 0:
             progress.losses.append(round(total / world.size, 4))
+            bar.set_postfix(loss=f"{progress.losses[-1]:.3f}", refresh=False)
+        pending.clear()
 
     def save():
         check()
-        progress.loss, progress.seconds = world.sum(losses.item()).item() / world.size, time.time() - begin
+        progress.seconds = time.time() - begin
         save_checkpoint(run, "last.pt")
 
     while step := list(islice(loader, recipe.accumulate)):
@@ -333,17 +315,14 @@ def train_one_epoch(run: Run, dataset: data.Dataset) -> bool:
         for group in run.optimizer.param_groups:
             group["lr"] = rate
         loss = backward(run, step)
-        losses += loss * recipe.batch
         run.scaler.unscale_(run.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), recipe.clip)
-        check()  # the step before: while this process waits for it, the device has the next one to work on
-        latest = on_its_way(torch.stack([loss, norm])), [name for batch in step for name in batch["name"]]
+        pending.append((torch.stack([loss, norm]), [name for batch in step for name in batch["name"]]))
         run.scaler.step(run.optimizer)
         run.scaler.update()
         run.optimizer.zero_grad(set_to_none=True)
         progress.step, progress.seen = progress.step + 1, progress.seen + recipe.batch
         bar.update(recipe.batch)
-        bar.set_postfix(loss=f"{finite:.3f}", refresh=False)
 
         bad = [reason for batch in step for reason in batch["bad"]]
         signals, replaced = world.sum([run.signal, len(bad)]).tolist()  # all processes take the same turn
@@ -352,6 +331,8 @@ def train_one_epoch(run: Run, dataset: data.Dataset) -> bool:
         stop = signals > 0 or progress.step >= run.options.stop_after
         if stop or progress.step % run.options.save_every == 0:
             save()
+        elif progress.step % 10 == 0:
+            check()
         if stop:
             return False
     bar.close()
@@ -408,24 +389,21 @@ def evaluate(run: Run, dataset: data.Dataset) -> dict:
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def claim(options: argparse.Namespace, lock: list) -> bool:
-    """Lock the folder of a run while this process lives, then see what it holds: True if that run is to go on.
-
-    `lock` gets the open file. A killed process leaves no lock behind.
-    """
+def claim(options: argparse.Namespace) -> bool:
+    """Lock the folder of a run while this process lives, then see what it holds: True if that run is to go on."""
     folder, last = options.out, options.out / "last.pt"
     # torchrun starts the first time, too, with the command that it starts again with
-    if options.resume and not last.exists() and not int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):
+    if options.resume and not last.exists() and not RESTARTS:
         raise UsageError(f"--resume: there is no {last}")
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"--out {folder} is not a folder")
     folder.mkdir(parents=True, exist_ok=True)
-    lock.append((folder / "lock").open("w"))
+    lock = os.open(folder / "lock", os.O_CREAT | os.O_WRONLY, 0o666)  # closed by the end of the process alone
     try:
         if "fcntl" in globals():
-            fcntl.lockf(lock[0], fcntl.LOCK_EX | fcntl.LOCK_NB)  # not inherited by loading processes
-    except OSError:
-        raise UsageError(f"another run is at work in {folder}: use another --out") from None
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not inherited by loading processes
+    except OSError as error:  # or the file system has no locks
+        raise UsageError(f"another run is at work in {folder}: use another --out ({error.strerror})") from None
     resume = options.resume and last.exists()
     if not (resume or options.overwrite) and any((folder / name).exists() for name in FILES):
         raise UsageError(f"{folder} holds a run: --resume goes on with it, --overwrite starts anew, or use --out")
@@ -456,9 +434,10 @@ def save_checkpoint(run: Run, name: str):
         os.replace(beside, path)
     except (OSError, RuntimeError) as error:  # the disk is full, or a loading process was killed just now
         beside.unlink(missing_ok=True)
-        for cause in (error, error.__context__):  # torch.save, when it is left halfway, has an error of its own
-            if "DataLoader worker" in str(cause):
-                raise cause from None
+        while error.__context__:  # torch.save and `close`, when they are left halfway, have errors of their own
+            error = error.__context__
+        if "DataLoader worker" in str(error):
+            raise error from None
         raise RunError(f"{path} cannot be written, the one before it stays: {first_line(error)}") from None
 
 
@@ -466,46 +445,39 @@ def first_line(error: Exception) -> str:
     return f"{type(error).__name__} {' '.join(str(error).split())[:300]}"
 
 
-def read(path: Path):
-    """Tensors and plain values that `torch.save` wrote; UsageError for all else, without torch's advice to trust it."""
+@contextmanager
+def blame(what: str):
+    """Whatever goes wrong in here is the fault of a file, which `what` names."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
-        raise UsageError("it holds something other than tensors and plain values, or is damaged") from None
+        yield
+    except UsageError as error:
+        raise UsageError(f"{what}: {error}") from None
+    except pickle.UnpicklingError:  # whose text is an advice to trust the file
+        raise UsageError(f"{what}: it holds something other than tensors and plain values, or is damaged") from None
+    except Exception as error:
+        raise UsageError(f"{what}: {first_line(error)}") from None
 
 
 def load_checkpoint(path: Path) -> dict:
-    try:
-        state = read(path)
+    with blame(f"{path} is no checkpoint of this train.py"):
+        state = torch.load(path, map_location="cpu", weights_only=True)
         missing = {"model", "optimizer", "scaler", "progress", "settings", "recipe", "data", "clips"} - set(state)
         if missing:
             raise UsageError(f"it lacks {', '.join(sorted(missing))}")
         for part, kind in (("settings", Settings), ("recipe", Recipe), ("progress", Progress)):
-            names = {f.name for f in fields(kind)}
-            if names != set(state[part]):
-                raise UsageError(f"it is of another version, {part} differ in {', '.join(names ^ set(state[part]))}")
+            differ = {f.name for f in fields(kind)} ^ set(state[part])
+            if differ:
+                raise UsageError(f"it is of another version, {part} differ in {', '.join(differ)}")
             kind(**state[part])  # ValueError or TypeError for values that cannot be
-    except Exception as error:
-        reason = str(error) if isinstance(error, UsageError) else first_line(error)
-        raise UsageError(f"{path} is no checkpoint of this train.py: {reason}") from None
-    return state
-
-
-def load_state(path: Path, part, state: dict):
-    try:
-        part.load_state_dict(state)
-    except Exception as error:
-        raise UsageError(f"{path} does not fit: {first_line(error)}") from None
+        return state
 
 
 def load_trunk(model: D3T, path: Path):
     """Weights in torchvision's naming, such as `r2plus1d_18`'s, into the trunk; layer4 and fc are not needed."""
-    try:
-        weights = read(path)
+    with blame(f"--weights {path} does not fit the trunk"):
+        weights = torch.load(path, map_location="cpu", weights_only=True)
         weights = {key: value for key, value in weights.items() if not key.startswith(("layer4.", "fc."))}
         model.trunk.load_state_dict(weights)
-    except Exception as error:
-        raise UsageError(f"--weights {path} does not fit the trunk: {first_line(error)}") from None
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -576,10 +548,10 @@ def parse_args(words: list[str] | None) -> tuple[argparse.Namespace, dict]:
         raise UsageError("--workers must be 0 or more, --save-every and --stop-after 1 or more")
     if options.amp == "fp16" and options.device == "cpu":
         raise UsageError("--amp fp16 needs CUDA; on a CPU use bf16 or off")
-    if options.device == "cuda" and not torch.cuda.is_available():
-        raise UsageError("--device cuda: torch sees no CUDA device")
-    if options.resume and options.overwrite:
-        raise UsageError("--resume goes on with what is there: it does not go with --overwrite")
+    if options.device == "cuda" and torch.cuda.device_count() <= LOCAL_RANK:
+        raise UsageError(f"--device cuda: torch sees {torch.cuda.device_count()} CUDA devices, too few for this run")
+    if options.overwrite and (options.resume or RESTARTS):
+        raise UsageError("--overwrite starts anew: it goes neither with --resume nor with torchrun --max-restarts")
     return options, given
 
 
@@ -589,7 +561,7 @@ def configure(options: argparse.Namespace, given: dict, source: data.Source, sav
     given = given | {"classes": len(source.classes), "joints": len(source.joint_names)}
     if saved:
         values = saved["recipe"] | saved["settings"]
-        free = saved["recipe"] if options.eval else MAY_CHANGE
+        free = saved["recipe"] if options.eval else ("batch", "accumulate")  # may differ from the run so far
         clash = [f"{k} is {values.get(k)}, not {v}" for k, v in given.items() if values.get(k) != v and k not in free]
         if clash:
             raise UsageError("the checkpoint does not fit: " + "; ".join(clash))
@@ -601,34 +573,17 @@ def configure(options: argparse.Namespace, given: dict, source: data.Source, sav
         raise UsageError(str(error)) from None
     parts, clips = world.size * recipe.accumulate, len(source.clips["train"])
     if recipe.batch % parts and not options.eval:
-        raise UsageError(
-            f"--batch {recipe.batch} does not divide by {world.size} processes x --accumulate {recipe.accumulate}"
-        )
+        raise UsageError(f"--batch {recipe.batch} does not divide by {parts}, the processes times --accumulate")
     if recipe.batch > clips and not options.eval:
         raise UsageError(f"--batch {recipe.batch} is more than the {clips} training clips")
     return settings, recipe
 
 
-def checksum(source: data.Source) -> int:
-    """Of the names and labels of all clips, in order."""
-    return zlib.crc32(repr([(c.name, c.label) for split in source.clips.values() for c in split]).encode())
-
-
-def git_revision() -> str:
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
-    try:
-        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
-    except OSError:  # no git
-        return "of unknown revision"
-    return done.stdout.strip() or "of unknown revision"
-
-
 def build(options: argparse.Namespace, given: dict) -> tuple[Run, data.Source]:
     """Everything a run needs, in the state that it starts or goes on from."""
     world = World.join(options.device)
-    lock = []
     if not options.eval:  # before anything is read there: from now on, what the folder holds is this run's alone
-        options.resume = world.from_first(lambda: claim(options, lock))
+        options.resume = world.from_first(lambda: claim(options))
     path = options.eval or options.out / "last.pt"
     saved = load_checkpoint(path) if options.eval or options.resume else None
     if saved and saved["data"] != options.data:
@@ -640,7 +595,8 @@ def build(options: argparse.Namespace, given: dict) -> tuple[Run, data.Source]:
         raise data.DataError(f"{len(source.problems)} clips cannot be used, `python data.py` names them all:\n{some}")
     if not test or not (train or options.eval):
         raise data.DataError(f"{options.data} has {train} training and {test} test clips there, which is not enough")
-    clips = f"{train} training and {test} test clips, checksum {checksum(source):08x}"
+    names = [(clip.name, clip.label) for split in source.clips.values() for clip in split]
+    clips = f"{train} training and {test} test clips, checksum {zlib.crc32(repr(names).encode()):08x}"
     if options.resume and saved["clips"] != clips:
         raise UsageError(f"{path} is of other clips: {saved['clips']}. Here are {clips}")
     if source.missing and world.rank == 0:
@@ -654,21 +610,18 @@ def build(options: argparse.Namespace, given: dict) -> tuple[Run, data.Source]:
         model = D3T(settings).to(world.device)
     except (RuntimeError, MemoryError, TypeError) as error:  # too large, or of a type that is not the setting's
         raise UsageError(f"a model of these settings cannot be made: {first_line(error)}") from None
-    for module in model.modules():
-        if isinstance(module, torch.nn.Conv3d):
-            module.to(memory_format=torch.channels_last_3d)  # the layout in which convolutions are faster
+    model.trunk.to(memory_format=torch.channels_last_3d)  # the layout in which convolutions are faster
     if options.checkpointing:
         for block in model.blocks:
             block.forward = functools.partial(torch.utils.checkpoint.checkpoint, block.forward, use_reentrant=False)
     if saved:
-        load_state(path, model, saved["model"])
+        with blame(f"{path} does not fit"):
+            model.load_state_dict(saved["model"])
     elif options.weights:
         load_trunk(model, options.weights)
     if world.size > 1 and options.device == "cuda":  # a process has few clips: batch statistics over all of them
         model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    net = model
-    if world.size > 1 and not options.eval:
-        net = DistributedDataParallel(model, device_ids=[world.device] if options.device == "cuda" else None)
+    net = DistributedDataParallel(model) if world.size > 1 and not options.eval else model
     if options.compile:
         net = torch.compile(net)
 
@@ -681,18 +634,19 @@ def build(options: argparse.Namespace, given: dict) -> tuple[Run, data.Source]:
     scaler = torch.amp.GradScaler(options.device, enabled=options.amp == "fp16")
     progress = Progress()
     if options.resume:
-        load_state(path, optimizer, saved["optimizer"])
-        if scaler.is_enabled() and saved["scaler"]:
-            load_state(path, scaler, saved["scaler"])
+        with blame(f"{path} does not fit"):
+            optimizer.load_state_dict(saved["optimizer"])
+            if saved["scaler"]:  # empty where it was off; where it is off now, this does nothing
+                scaler.load_state_dict(saved["scaler"])
         progress = Progress(**saved["progress"])
 
     if world.rank == 0:
         count = sum(p.numel() for p in model.parameters())
         where = torch.cuda.get_device_name() if options.device == "cuda" else f"CPU ({torch.get_num_threads()} threads)"
-        print(f"D3T {git_revision()}, {count:,} parameters, {world.size} x {where}, torch {torch.__version__}")
+        print(f"D3T, {count:,} parameters, {world.size} x {where}, torch {torch.__version__}")
         values = vars(options) | asdict(recipe) | asdict(settings)
         print(textwrap.fill("  ".join(f"{name}={value}" for name, value in values.items()), 118), flush=True)
-    return Run(world, settings, recipe, options, model, net, optimizer, scaler, progress, clips, lock), source
+    return Run(world, settings, recipe, options, model, net, optimizer, scaler, progress, clips), source
 
 
 def fit(run: Run, train: data.Dataset, test: data.Dataset) -> int:
@@ -704,7 +658,7 @@ def fit(run: Run, train: data.Dataset, test: data.Dataset) -> int:
             for name in FILES:
                 (options.out / name).unlink(missing_ok=True)
         elif log.exists():  # an epoch that ended after the checkpoint is run again
-            log.write_text("".join(log.read_text().splitlines(keepends=True)[: progress.epoch]))
+            os.truncate(log, sum(map(len, log.read_bytes().splitlines(keepends=True)[: progress.epoch])))
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, run.on_signal)
 

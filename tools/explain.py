@@ -38,7 +38,8 @@ def load_model(path: Path, options: argparse.Namespace) -> tuple[D3T, data.Sourc
             f"{len(source.classes)} and {len(source.joint_names)}: use --data {saved['data']}"
         )
     model = D3T(settings)
-    train.load_state(path, model, saved["model"])
+    with train.blame(f"{path} does not fit"):
+        model.load_state_dict(saved["model"])
     clips = data.Dataset(source, "test", settings.frames, settings.height, settings.width)
     return model.eval(), source, clips
 
