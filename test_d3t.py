@@ -2177,6 +2177,7 @@ def test_a_full_disk(faulty):
     full = functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, limit)
     status, printed = faulty.finish("--resume", preexec_fn=full)
     assert status == 1 and "last.pt cannot be written" in printed.splitlines()[-1] and "Traceback" not in printed
+    assert "OSError" in printed.splitlines()[-1]  # what torch.save makes of it says nothing about a disk
     assert (faulty.run / "last.pt").read_bytes() == before and not (faulty.run / "last.tmp").exists()
 
 
@@ -2265,9 +2266,13 @@ def test_a_run_that_ends_while_another_one_starts(faulty):
     assert status == 2 and "holds a run" in printed and (faulty.run / "last.pt").read_bytes() == before
 
 
-def test_usage_errors(fit, tmp_path):
+def test_usage_errors(fit, tmp_path, monkeypatch):
     """A traceback, or a run that starts with other settings than were asked for."""
     assert fit("--stop-after 2")[0] == 0
+    with monkeypatch.context() as torchrun:
+        torchrun.setattr(train, "RESTARTS", 3)  # the second time, the same command would delete the first one's run
+        status, printed = fit("--overwrite")
+        assert status == 2 and "--max-restarts" in printed
     before = (tmp_path / "run" / "last.pt").read_bytes()
     (tmp_path / "noise.pt").write_bytes(b"noise")
     (tmp_path / "cut.pt").write_bytes(before[: len(before) // 2])
