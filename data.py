@@ -8,7 +8,7 @@ in the form of pyskl with its videos.
     visible  bool     (T, R)         False for a joint that is absent, hidden, not finite or outside the crop
     label    int
     name     str                     the clip
-    bad      list of str             "FILE: reason" of the clips that this one replaces (training only)
+    bad      list of (str, str)      name and "FILE: reason" of the clips that this one replaces (training only)
 
 A source is a function that returns a `Source`: its clips with their joints, and how to read frames by number.
 `python data.py --data NAME --root DIR` checks a data set: counts, frames, visible joints, every problem by name.
@@ -46,19 +46,18 @@ class BadClip(DataError):
     """A clip that cannot be read; the message names the file and the reason."""
 
 
+Size = tuple[int, int]  # height and width
+Crop = tuple[slice, slice]  # rows and columns
+
+
 @dataclass
 class Clip:
     name: str
     label: int
     joints: np.ndarray | None  # (n, R, 2) float32, x then y, in pixels of the full frame, first pixel centre (0, 0)
     visible: np.ndarray | None  # (n, R) bool; None until the source's `annotate` has read the joints
-    size: tuple[int, int]  # height and width of the frames that the joints refer to
+    size: Size  # of the frames that the joints refer to
     media: Any  # what the source's `read` needs to find the frames
-
-
-def annotated(clip: Clip) -> Clip:
-    """The `annotate` of a source that has its joints in memory."""
-    return clip
 
 
 @dataclass
@@ -66,8 +65,10 @@ class Source:
     classes: list[str]
     joint_names: list[str]
     flip_pairs: list[tuple[int, int]]  # joints that trade places in a mirror
-    read: Callable[[Clip, np.ndarray, tuple[int, int]], np.ndarray]  # clip, frames, size -> uint8 (T, h, w, 3)
-    annotate: Callable[[Clip], Clip] = annotated  # a clip with its joints, one row for each frame of its video
+    # A clip's media, numbers of frames, the size to scale them to and the crop of that: uint8 (T, H, W, 3)
+    read: Callable[[Any, np.ndarray, Size, Crop], np.ndarray]
+    # A clip with its joints, one row for each frame of its video; `replace` makes a copy of one that has them
+    annotate: Callable[[Clip], Clip] = replace
     clips: dict[str, list[Clip]] = field(default_factory=lambda: {"train": [], "test": []})
     problems: list[str] = field(default_factory=list)  # "FILE: reason" of what the source could not index
     missing: list[str] = field(default_factory=list)  # clips that lack their video or their joints, and are left out
@@ -107,9 +108,9 @@ class Dataset(torch.utils.data.Dataset):
             try:
                 return self.load(self.clips[index], rng) | {"bad": bad}
             except BadClip as error:
-                bad.append(str(error))
+                bad.append((self.clips[index].name, str(error)))
                 if not self.train or len(bad) > 10:
-                    raise BadClip("; ".join(bad)) from None
+                    raise BadClip("; ".join(why for _, why in bad)) from None
                 index = (index + 1) % len(self)
 
     def load(self, clip: Clip, rng: np.random.Generator) -> dict:
@@ -120,13 +121,13 @@ class Dataset(torch.utils.data.Dataset):
 
         scale = RESIZE * max(H / clip.size[0], W / clip.size[1])
         h, w = (round(side * scale) for side in clip.size)
-        video = self.source.read(clip, frames, (h, w))  # (T, h, w, 3)
+        top, left = (rng.integers(h - H + 1), rng.integers(w - W + 1)) if self.train else ((h - H) // 2, (w - W) // 2)
+        crop = slice(top, top + H), slice(left, left + W)
+        video = self.source.read(clip.media, frames, (h, w), crop)  # of frames scaled to (h, w): (T, H, W, 3)
         stretch = np.float32([w / clip.size[1], h / clip.size[0]])
         joints = (clip.joints[frames] + 0.5) * stretch - 0.5  # what scales is the edge of a pixel, not its centre
         visible = clip.visible[frames]
 
-        top, left = (rng.integers(h - H + 1), rng.integers(w - W + 1)) if self.train else ((h - H) // 2, (w - W) // 2)
-        video = video[:, top : top + H, left : left + W]
         joints = joints - np.float32([left, top])
         if self.train and rng.random() < 0.5:
             video = video[:, :, ::-1]
@@ -150,7 +151,7 @@ def collate(samples: list[dict]) -> dict:
 
     In memory the colours of a pixel stay side by side, as decoders write and channels_last_3d convolutions read them.
     """
-    bad = [name for sample in samples for name in sample["bad"]]
+    bad = [clip for sample in samples for clip in sample["bad"]]
     rest = [{key: value for key, value in sample.items() if key != "bad"} for sample in samples]
     batch = torch.utils.data.default_collate([each | {"video": each["video"].permute(1, 2, 3, 0)} for each in rest])
     return batch | {"video": batch["video"].permute(0, 4, 1, 2, 3), "bad": bad}  # (B, 3, T, H, W)
@@ -175,7 +176,7 @@ def numbers(array: np.ndarray) -> np.ndarray:
     return array.astype(np.float32)
 
 
-def frame_size(sides) -> tuple[int, int]:
+def frame_size(sides) -> Size:
     """Height and width as integers; ValueError for what no camera takes, which can ask for all memory."""
     height, width = sides
     size = int(height), int(width)
@@ -264,9 +265,9 @@ def synthetic(train: int = 2048, test: int = 512, seed: int = 0) -> Source:
     return source
 
 
-def draw(clip: Clip, frames: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+def draw(media: tuple, frames: np.ndarray, size: Size, crop: Crop) -> np.ndarray:
     """Frames of a synthetic clip: a figure covers the pixels near its limbs, the wall behind is smooth and drifts."""
-    figures, colours, wall, drift = clip.media
+    figures, colours, wall, drift = media
     scale = np.float32([size[1], size[0]]) / SYNTHETIC_SIZE
     y, x = np.mgrid[: size[0], : size[1]].astype(np.float32)
     # the wall: 5 x 5 colours, of which a frame shows 2.5 x 2.5, bilinear between them
@@ -286,7 +287,7 @@ def draw(clip: Clip, frames: np.ndarray, size: tuple[int, int]) -> np.ndarray:
         head = np.sqrt((x - points[:, 0, 0]) ** 2 + (y - points[:, 0, 1]) ** 2) - 2.2 * scale[0]
         cover = (1.1 * scale[0] + 0.5 - np.minimum(limb, head)).clip(0, 1)[..., None]
         video += (np.float32(colour) - video) * cover
-    return video.round().astype(np.uint8)
+    return video[:, crop[0], crop[1]].round().astype(np.uint8)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -359,9 +360,6 @@ def read_label(path: Path) -> dict:
 
 def penn_label(label: dict, folder: Path) -> tuple[str, Clip]:
     """The clip of one label file. `bbox` is not used, so the two clips where it is a row short need no care."""
-    for key in ("action", "x", "y", "visibility", "train", "dimensions"):
-        if key not in label:
-            raise ValueError(f"no field {key!r}")
     action = str(label["action"].item())
     action = PENN_SPELLINGS.get(action, action)
     if action not in PENN_ACTIONS:
@@ -379,22 +377,24 @@ def penn_label(label: dict, folder: Path) -> tuple[str, Clip]:
     return ("train" if train == 1 else "test"), clip
 
 
-def read_jpegs(clip: Clip, frames: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Frames FOLDER/000001.jpg .. of a clip, scaled to `size` (height, width)."""
+def read_jpegs(folder: Path, frames: np.ndarray, size: Size, crop: Crop) -> np.ndarray:
+    """A crop of frames FOLDER/000001.jpg .. scaled to `size` (height, width); what lies outside is not scaled."""
     from PIL import Image
 
-    video, errors = np.empty((len(frames), *size, 3), np.uint8), []
+    (top, bottom), (left, right) = ((edge.start, edge.stop) for edge in crop)
+    video = np.empty((len(frames), bottom - top, right - left, 3), np.uint8)
     for t, frame in enumerate(frames):
-        path = clip.media / f"{frame + 1:06d}.jpg"
+        path = folder / f"{frame + 1:06d}.jpg"
         try:
             with Image.open(path, formats=["JPEG"]) as image:
                 frame_size(image.size[::-1])
                 image.draft("RGB", size[::-1])  # lets the decoder drop the detail that scaling would drop
-                video[t] = image.convert("RGB").resize(size[::-1], Image.Resampling.BILINEAR)
+                (width, height), (h, w) = image.size, size
+                box = left * width / w, top * height / h, right * width / w, bottom * height / h
+                picture = image.convert("RGB")
+                video[t] = picture.resize((right - left, bottom - top), Image.Resampling.BILINEAR, box)
         except Exception as error:  # pillow raises many kinds on a damaged file
-            errors.append(f"{path}: {reason(error)}")
-    if errors:
-        raise BadClip("; ".join(errors))
+            raise BadClip(f"{path}: {reason(error)}") from None
     return video
 
 
@@ -403,21 +403,26 @@ def read_jpegs(clip: Clip, frames: np.ndarray, size: tuple[int, int]) -> np.ndar
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def find_files(roots: list[Path], endings: tuple[str, ...], name=lambda stem: stem) -> dict[str, Path]:
-    """Files below the roots by `name(stem)`, whatever folders they are in."""
+def clip_key(name: str) -> str:
+    """A name that is the same with and without suffixes such as `_rgb`, `.mp4`, and FineGYM's `_E_` and `_A_`."""
+    name = re.sub(r"\.(avi|mp4|mkv|webm|mov)$", "", name, flags=re.IGNORECASE)
+    return re.sub(r"_[EA]_", "_", name.removesuffix("_rgb"))
+
+
+def find_files(roots: list[Path], endings: tuple[str, ...]) -> dict[str, Path]:
+    """Files below the roots by `clip_key`, whatever folders they are in."""
     found, visited, errors = {}, set(), []
     for root in filter(Path.exists, roots):
         for folder, folders, files in os.walk(root, followlinks=True, onerror=errors.append):
             real = os.path.realpath(folder)
             if real in visited:  # a link back, or a root within a root
                 folders.clear()
-                continue
             visited.add(real)
             folders.sort()
             for file in sorted(files):
                 if file.lower().endswith(endings):
                     path = Path(folder, file)
-                    found.setdefault(name(path.stem), path)
+                    found.setdefault(clip_key(path.stem), path)
     if errors:
         raise errors[0]
     return found
@@ -446,7 +451,8 @@ def video_length(path: Path) -> int:
     try:
         container, stream = open_video(path)
         with container:
-            n = stream.frames or sum(packet.size > 0 for packet in container.demux(stream))
+            cut = [packet.is_discard for packet in container.demux(stream) if packet.size]  # by an edit list
+            n = (stream.frames or len(cut)) - sum(cut)
         if not 0 < n <= MOST_FRAMES:
             raise ValueError(f"{n} frames")
         return n
@@ -454,8 +460,8 @@ def video_length(path: Path) -> int:
         raise BadClip(f"{path}: {reason(error)}") from None
 
 
-def read_video(path: Path, frames: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Frames of a video by number, scaled to `size` (height, width) -> uint8 (T, h, w, 3).
+def read_video(path: Path, frames: np.ndarray, size: Size, crop: Crop) -> np.ndarray:
+    """A crop of frames of a video by number, scaled to `size` (height, width).
 
     Frames are counted as the decoder puts them out, from the first: NTU's AVI files have one key frame and wrong time
     stamps, so seeking gains nothing and time stamps name the wrong frame. Only the frames asked for are converted,
@@ -471,7 +477,7 @@ def read_video(path: Path, frames: np.ndarray, size: tuple[int, int]) -> np.ndar
             for picture in container.decode(stream):
                 if count in wanted:
                     picture = scaler.reformat(picture, size[1], size[0], "rgb24", interpolation="BILINEAR")
-                    pictures[count] = picture.to_ndarray()
+                    pictures[count] = picture.to_ndarray()[crop]
                 count += 1
                 if len(pictures) == len(wanted):
                     break
@@ -525,9 +531,8 @@ def ntu(roots: list[Path], protocol: str) -> Source:
     """*.skeleton and *_rgb.avi (or .mp4, with or without _rgb) anywhere below the roots; two persons, R = 50."""
     need("av", "av", "to read the videos of NTU RGB+D")
 
-    skeletons = find_files(roots, (".skeleton",))
-    videos = find_files(roots, VIDEOS, lambda stem: stem.removesuffix("_rgb"))
-    skeletons, videos = ({n: p for n, p in found.items() if NTU_NAME.fullmatch(n)} for found in (skeletons, videos))
+    found = find_files(roots, (".skeleton",)), find_files(roots, VIDEOS)
+    skeletons, videos = ({n: p for n, p in each.items() if NTU_NAME.fullmatch(n)} for each in found)
     if not skeletons or not videos:
         raise DataError(
             f"no NTU RGB+D in {', '.join(map(str, roots))}: {len(skeletons)} files like S001C001P001R001A001.skeleton "
@@ -537,7 +542,8 @@ def ntu(roots: list[Path], protocol: str) -> Source:
     lists = find_files(roots, tuple(file.lower() for file in NTU_LISTS.values())).values()
     excluded = {match.group() for path in lists for match in NTU_NAME.finditer(path.read_text(errors="replace"))}
     actions, _, without, everything = NTU_PROTOCOLS[protocol]
-    if not {NTU_LISTS[actions], NTU_LISTS[120]} & {path.name for path in lists}:  # the longer one holds the other
+    longer = NTU_LISTS[120]  # holds the other one
+    if not {NTU_LISTS[actions].lower(), longer.lower()} & {path.name.lower() for path in lists}:
         print(
             f"warning: no {NTU_LISTS[actions]} in {', '.join(map(str, roots))}: samples it would name stay in. "
             f"Expect {everything} training and test samples in the whole data set, {without} without them",
@@ -547,7 +553,7 @@ def ntu(roots: list[Path], protocol: str) -> Source:
         [f"A{a:03d}" for a in range(1, actions + 1)],
         [f"{joint} {person}" for person in (1, 2) for joint in NTU_JOINTS],
         [(a + p, b + p) for p in (0, 25) for a, b in NTU_PAIRS],
-        read_media,
+        read_video,
         ntu_annotate,
     )
     for name in sorted(skeletons.keys() | videos.keys()):
@@ -562,10 +568,6 @@ def ntu(roots: list[Path], protocol: str) -> Source:
     return source
 
 
-def read_media(clip: Clip, frames: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    return read_video(clip.media[0], frames, size)
-
-
 def ntu_annotate(clip: Clip) -> Clip:
     """A clip with the joints of its skeleton file, as long as the shorter of video and skeleton."""
     video, path = clip.media
@@ -578,9 +580,7 @@ def ntu_annotate(clip: Clip) -> Clip:
     except (OSError, ValueError, OverflowError, MemoryError) as error:
         raise BadClip(f"{path}: {reason(error)}") from None
     n = min(len(joints), video_length(video))
-    if not n:
-        raise BadClip(f"{path}: no frames")
-    return replace(clip, joints=joints[:n], visible=visible[:n])
+    return replace(clip, joints=joints[:n], visible=visible[:n], media=video)
 
 
 def parse_skeleton(text: bytes) -> tuple[int, np.ndarray, np.ndarray, np.ndarray]:
@@ -591,26 +591,21 @@ def parse_skeleton(text: bytes) -> tuple[int, np.ndarray, np.ndarray, np.ndarray
     """
     lines = text.split(b"\n")
     frames, at = int(lines[0]), 1
-    if frames > MOST_FRAMES:
+    if not 0 < frames <= MOST_FRAMES:
         raise ValueError(f"{frames} frames")
     when, ids, rows = [], [], []
     for frame in range(frames):
         bodies, at = int(lines[at]), at + 1
-        if bodies < 0:
-            raise ValueError(f"line {at}: {bodies} bodies")
         for _ in range(bodies):
             if int(lines[at + 1]) != 25:
                 raise ValueError(f"line {at + 2}: {int(lines[at + 1])} joints, expected 25")
             when.append(frame)
             ids.append(int(lines[at].split(None, 1)[0]))
-            rows += lines[at + 2 : at + 27]
+            rows += [[float(word) for word in line.split()] for line in lines[at + 2 : at + 27]]
             at += 27
     if len(set(ids)) > 256:  # the search for persons compares them all; the Kinect sees six at once
         raise ValueError(f"{len(set(ids))} different bodies")
-    fields = np.fromstring(b" ".join(rows), sep=" ") if rows else np.empty(0)
-    if fields.size != len(ids) * 25 * 12 or any(len(row.split()) != 12 for row in rows):
-        raise ValueError(f"{fields.size} numbers for {len(ids)} bodies, expected 25 lines of 12 each")
-    return frames, np.array(when, int), np.array(ids, np.int64), fields.reshape(-1, 25, 12)
+    return frames, np.array(when, int), np.array(ids, np.int64), np.array(rows).reshape(len(ids), 25, 12)
 
 
 def two_persons(frames: int, when: np.ndarray, ids: np.ndarray, fields: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -704,19 +699,11 @@ class ArrayUnpickler(pickle._Unpickler):
     dispatch = pickle._Unpickler.dispatch | {pickle.BUILD[0]: load_build, pickle.BYTEARRAY8[0]: load_bytearray8}
 
 
-def clip_key(name: str) -> str:
-    """A name that is the same with and without suffixes such as `_rgb`, `.mp4`, and FineGYM's `_E_` and `_A_`."""
-    name = re.sub(r"\.(avi|mp4|mkv|webm|mov)$", "", name)
-    return re.sub(r"_[EA]_", "_", name.removesuffix("_rgb"))
-
-
 def pyskl(roots: list[Path], annotations: list[Path], splits: tuple[str, str] = ("train", "val")) -> Source:
     """A pickle {split, annotations}, or two plain lists for train and test; videos are named by frame_dir."""
     need("av", "av", "to read the videos of this data set")
-    if splits[0] == splits[1]:
-        raise DataError(f"--split-train and --split-val are both {splits[0]!r}: it would be tested on what it has seen")
-    videos = find_files(roots, VIDEOS, clip_key)
-    source, persons, labels = Source([], [], [], read_media, pyskl_annotate), 1, 0
+    videos = find_files(roots, VIDEOS)
+    source, persons, labels = Source([], [], [], read_video, pyskl_annotate), 1, 0
     for path, only in zip(annotations, source.clips):
         try:
             with path.open("rb") as file:
@@ -724,9 +711,9 @@ def pyskl(roots: list[Path], annotations: list[Path], splits: tuple[str, str] = 
             listed, wanted = content, {only: None}
             if not isinstance(content, list):
                 listed, known = list(content["annotations"]), content["split"]
-                if not {*splits} <= {*map(clip_name, known)}:
+                if not {*splits} <= known.keys():
                     raise ValueError(f"it has no {' or '.join(splits)}; its splits are {[*known]}")
-                wanted = {key: set(map(clip_name, known[split])) for key, split in zip(source.clips, splits)}
+                wanted = {ours: {*map(clip_key, known[theirs])} for ours, theirs in zip(source.clips, splits)}
         except FileNotFoundError:
             raise DataError(f"no annotations at {path}: expected a pickle in the form of pyskl") from None
         except Exception as error:  # a damaged pickle can raise anything
@@ -735,11 +722,12 @@ def pyskl(roots: list[Path], annotations: list[Path], splits: tuple[str, str] = 
         for number, entry in enumerate(listed):
             name = f"{path}, entry {number}"
             try:
-                name = clip_name(entry["filename"] if "filename" in entry else entry["frame_dir"])
-                chosen = [split for split, names in wanted.items() if names is None or name in names]
-                if name in found:
+                given = entry.get("filename") or entry["frame_dir"]
+                key, name = clip_key(given), given  # TypeError for what is no text
+                chosen = [split for split, names in wanted.items() if names is None or key in names]
+                if key in found:
                     raise ValueError("it is there twice")
-                found.add(name)
+                found.add(key)
                 if not chosen:
                     continue
                 clip = pyskl_clip(name, entry)
@@ -747,13 +735,16 @@ def pyskl(roots: list[Path], annotations: list[Path], splits: tuple[str, str] = 
                 source.problems.append(f"{name}: {type(error).__name__}: {error}")
                 continue
             labels, persons = max(labels, clip.label + 1), max(persons, clip.joints.shape[1] // 17)
-            if clip_key(name) not in videos:
+            if key not in videos:
                 source.missing.append(f"{name} has no video")
                 continue
             for split in chosen:
-                source.clips[split].append(replace(clip, media=(videos[clip_key(name)],)))
+                source.clips[split].append(replace(clip, media=videos[key]))
         for names in wanted.values():
             source.missing += [f"{name} has no annotation in {path}" for name in sorted((names or set()) - found)]
+    both = {clip.name for clip in source.clips["train"]} & {clip.name for clip in source.clips["test"]}
+    if both:
+        raise DataError(f"{annotations[-1]}: {len(both)} clips, such as {min(both)!r}, are for training and test alike")
     if not videos:
         raise DataError(f"no videos in {', '.join(map(str, roots))}: looked for NAME.mp4 as named in {annotations[0]}")
     source.classes = [str(label) for label in range(labels)]
@@ -767,12 +758,6 @@ def pyskl(roots: list[Path], annotations: list[Path], splits: tuple[str, str] = 
     return source
 
 
-def clip_name(name) -> str:
-    if not isinstance(name, str | int):  # to write out another object can take for ever
-        raise TypeError(f"a {type(name).__name__} where the name of a clip is expected")
-    return str(name)
-
-
 def pyskl_clip(name: str, entry: dict) -> Clip:
     """A clip of `keypoint` (M, n, 17, 2), `keypoint_score` (M, n, 17), `label` and `img_shape`; up to two persons."""
     keypoint = numbers(entry["keypoint"])[:2]  # float16 in the files, which scales badly
@@ -784,27 +769,24 @@ def pyskl_clip(name: str, entry: dict) -> Clip:
     label, size = int(entry["label"]), frame_size(entry["img_shape"])
     if label != entry["label"] or not 0 <= label < 10_000:  # each label below the largest is a class
         raise ValueError(f"label {entry['label']}")
-    if not len(keypoint):  # nobody was found
-        keypoint, score = np.zeros((1, *keypoint.shape[1:]), np.float32), np.zeros((1, *score.shape[1:]), np.float32)
     visible = np.isfinite(keypoint).all(-1) & np.isfinite(score) & (score > 0) & keypoint.any(-1)  # (0, 0) is nobody
-    joints = keypoint.transpose(1, 0, 2, 3).reshape(keypoint.shape[1], -1, 2)  # (n, M*17, 2)
-    return Clip(name, label, joints, visible.transpose(1, 0, 2).reshape(len(joints), -1), size, None)
+    persons, n = visible.shape[:2]  # M may be 0: nobody was found
+    joints = keypoint.transpose(1, 0, 2, 3).reshape(n, 17 * persons, 2)
+    return Clip(name, label, joints, visible.transpose(1, 0, 2).reshape(n, 17 * persons), size, None)
 
 
 def pyskl_annotate(clip: Clip) -> Clip:
     """A clip with one row of joints for each frame of its video: the cut of a video may have more or fewer."""
     have = len(clip.joints)
-    n = video_length(clip.media[0])
+    n = video_length(clip.media)
     row = np.round(np.arange(n) * (have - 1) / max(1, n - 1)).astype(int)
     return replace(clip, joints=clip.joints[row], visible=clip.visible[row])
 
 
 def finegym(roots: list[Path]) -> Source:
-    """ROOT/gym_hrnet.pkl (or gym_2d.pkl) of pyskl and the videos ROOT/subactions/NAME.mp4."""
-    for file in ("gym_hrnet.pkl", "gym_2d.pkl"):
-        if (roots[0] / file).exists():
-            return pyskl(roots, [roots[0] / file])
-    raise DataError(f"no FineGYM in {roots[0]}: looked for {roots[0]}/gym_hrnet.pkl and {roots[0]}/subactions/*.mp4")
+    """ROOT/gym_hrnet.pkl of pyskl, or gym_2d.pkl as mmaction2 names it, and the videos ROOT/subactions/NAME.mp4."""
+    other = roots[0] / "gym_2d.pkl"
+    return pyskl(roots, [other if other.exists() else roots[0] / "gym_hrnet.pkl"])
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -852,25 +834,16 @@ def load(options: argparse.Namespace) -> Source:
         raise DataError(f"{error.filename}: {error.strerror}") from None
 
 
-class Check(torch.utils.data.Dataset):
-    """Every frame of every clip: item i is frames, visible joints, all joints and problem of clip i."""
-
-    def __init__(self, source: Source):
-        self.source, self.clips = source, source.clips["train"] + source.clips["test"]
-
-    def __len__(self):
-        return len(self.clips)
-
-    def __getitem__(self, index):
-        clip, problem = self.clips[index], ""
-        try:
-            clip = self.source.annotate(clip)
-            self.source.read(clip, np.arange(len(clip.joints)), (16, 16))
-        except BadClip as error:
-            problem = str(error)
-        if clip.joints is None:
-            return 0, 0, 0, problem
-        return len(clip.joints), int(clip.visible.sum()), clip.visible.size, problem
+def check(source: Source, clip: Clip) -> tuple[int, int, str]:
+    """Frames, visible joints and problem of a clip, of which every frame is read."""
+    n, visible, problem = 0, 0, ""
+    try:
+        clip = source.annotate(clip)
+        n, visible = len(clip.joints), int(clip.visible.sum())
+        source.read(clip.media, np.arange(n), (16, 16), (slice(0, 16), slice(0, 16)))
+    except BadClip as error:
+        problem = str(error)
+    return n, visible, problem
 
 
 def main():
@@ -892,17 +865,18 @@ def main():
         print(f"{name:24}{train:8}{test:8}")
     print(f"{'all':24}{len(source.clips['train']):8}{len(source.clips['test']):8}")
 
-    check = Check(source)
-    loader = torch.utils.data.DataLoader(check, batch_size=None, num_workers=options.workers)
-    frames = seen = joints = 0
+    clips, one = source.clips["train"] + source.clips["test"], functools.partial(check, source)
+    loader = torch.utils.data.DataLoader(clips, batch_size=None, collate_fn=one, num_workers=options.workers)
+    frames = seen = 0
     unseen, problems = [], source.problems
-    for clip, (n, visible, total, problem) in zip(check.clips, tqdm(loader, desc="reading", unit="clip", disable=None)):
-        frames, seen, joints = frames + n, seen + visible, joints + total
+    for clip, (n, visible, problem) in zip(clips, tqdm(loader, desc="reading", unit="clip", disable=None)):
+        frames, seen = frames + n, seen + visible
         if n and not visible:
             unseen.append(clip.name)
         if problem:
             problems.append(problem)
-    print(f"{frames} frames, {len(source.joint_names)} joints, {seen / max(1, joints):.1%} of them visible")
+    R = len(source.joint_names)
+    print(f"{frames} frames, {R} joints, {seen / max(1, frames * R):.1%} of them visible")
     if unseen:
         print(f"without a visible joint: {', '.join(unseen)}")
     print(*source.missing, *problems, f"{len(source.missing)} left out, {len(problems)} problems", sep="\n")

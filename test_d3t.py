@@ -720,20 +720,24 @@ def test_items_depend_on_seed_epoch_and_index_alone():
     assert item["joints"].dtype == torch.float32 and item["visible"].dtype == torch.bool
 
 
+def all_of(height, width):
+    return slice(0, height), slice(0, width)
+
+
 def marks(size=(60, 90), n=5):
     """A source whose frames are black but for a white dot at each of three joints, which move from frame to frame."""
     rng = np.random.default_rng(0)
     joints = (rng.uniform(0.1, 0.9, (n, 3, 2)) * [size[1], size[0]]).round().astype(np.float32)
     visible = np.ones((n, 3), bool)
 
-    def read(clip, frames, target):
+    def read(media, frames, target, crop):
         y, x = np.mgrid[: target[0], : target[1]]
         video = np.zeros((len(frames), *target, 3), np.uint8)
         for t, frame in enumerate(frames):
             for r, (px, py) in enumerate(joints[frame]):  # a dot of the full frame, drawn at the target's scale
                 cx, cy = (px + 0.5) * target[1] / size[1] - 0.5, (py + 0.5) * target[0] / size[0] - 0.5
                 video[t, ..., r] = 255 * np.exp(-((x - cx) ** 2 + (y - cy) ** 2) / 2)
-        return video
+        return video[:, crop[0], crop[1]]
 
     source = data.Source(["a"], ["nose", "left", "right"], [(1, 2)], read)
     for split in source.clips:
@@ -771,9 +775,9 @@ def test_one_frame_of_each_segment():
     """Frames out of order or of one end only; clips shorter than T; the middle frames in a test."""
     seen = []
 
-    def spy(clip, frames, size):
+    def spy(media, frames, size, crop):
         seen.append(frames)
-        return np.zeros((len(frames), *size, 3), np.uint8)
+        return np.zeros((len(frames), 16, 16, 3), np.uint8)
 
     for n in (1, 2, 5, 12, 50, 663):
         source = marks(n=n)
@@ -858,9 +862,13 @@ def test_penn_action(penn):
     assert len(clips["0006"].joints) == 8
     for name in ("0001", "0002", "0003"):  # the head is the brightest pixel of the frame, at full size
         clip = clips[name]
-        video = source.read(clip, np.arange(8), clip.size)
+        video = source.read(clip.media, np.arange(8), clip.size, all_of(*clip.size))
         for frame, (x, y) in zip(video.sum(-1, dtype=int), clip.joints[:, 0]):
             assert np.unravel_index(frame.argmax(), frame.shape) == (y, x)
+        for size in ((90, 120), (23, 17), clip.size):  # a crop that is scaled alone is that of the whole scaled
+            scaled = source.read(clip.media, np.arange(8), size, all_of(*size)).astype(int)
+            for crop in ((slice(5, 16), slice(3, 17)), (slice(size[0] - 7, size[0]), slice(size[1] - 9, size[1]))):
+                assert abs(source.read(clip.media, np.arange(8), size, crop) - scaled[:, crop[0], crop[1]]).max() <= 1
     for split in ("train", "test"):
         dataset = data.Dataset(source, split, 4, 32, 32)
         assert all(dataset[i]["video"].shape == (3, 4, 32, 32) for i in range(60))
@@ -874,7 +882,7 @@ def test_bad_clips(penn):
     source = data.penn_action([penn])
     train_set, test_set = (data.Dataset(source, split, 8, 24, 24) for split in ("train", "test"))
     item, other = train_set[0, 0], train_set[0, 1]
-    assert "0002/000003.jpg" in item["bad"][0] and item["label"] == other["label"] and not other["bad"]
+    assert "0002/000003.jpg" in item["bad"][0][1] and item["label"] == other["label"] and not other["bad"]
     batch = data.collate([item, other])
     assert len(batch["bad"]) == 1 and batch["video"].shape == (2, 3, 8, 24, 24)
     with pytest.raises(data.BadClip, match="0003/000005.jpg"):
@@ -1020,23 +1028,41 @@ def numbered(n, height=54, width=96):
     return np.broadcast_to((np.arange(n) * 5 + 20).astype(np.uint8)[:, None, None, None], (n, height, width, 3)).copy()
 
 
+def test_a_video_that_was_cut_without_encoding_it_again(tmp_path):
+    """Frames before the cut, which are still in the file and in its header, but which no decoder puts out."""
+    whole, path = write_video(tmp_path / "whole.mp4", numbered(40)), tmp_path / "cut.mp4"
+    av = pytest.importorskip("av", reason="needs av, the decoder of videos")
+    with av.open(str(whole)) as old, av.open(str(path), "w", options={"avoid_negative_ts": "disabled"}) as new:
+        stream = new.add_stream_from_template(old.streams.video[0])
+        for packet in old.demux(video=0):
+            if packet.dts is not None:
+                ten = round(10 / 30 / packet.time_base)  # frames
+                packet.pts, packet.dts, packet.stream = packet.pts - ten, packet.dts - ten, stream
+                new.mux(packet)
+    assert data.video_length(path) == 30
+    video = data.read_video(path, np.array([0, 29]), (27, 48), all_of(27, 48))
+    assert (abs(video.mean((1, 2, 3)) - [70, 215]) < 2.5).all()
+
+
 @pytest.mark.parametrize("ending", ["_rgb.avi", ".mp4"])
 def test_video_frames_are_counted_in_the_order_they_are_shown(tmp_path, ending):
     """Frames by time stamp or by seeking: NTU's AVI has wrong stamps, and frame i - 2 comes back for i."""
     path = write_video(tmp_path / f"clip{ending}", numbered(40))
     frames = np.array([0, 3, 3, 17, 38, 39])
-    video = data.read_video(path, frames, (27, 48))
+    video = data.read_video(path, frames, (27, 48), all_of(27, 48))
     assert video.shape == (6, 27, 48, 3) and (abs(video.mean((1, 2, 3)) - (frames * 5 + 20)) < 2.5).all()
+    part = data.read_video(path, frames, (27, 48), (slice(3, 20), slice(8, 48)))
+    assert np.array_equal(part, video[:, 3:20, 8:48])
     assert data.video_length(path) == 40
     with pytest.raises(data.BadClip, match="frame 40 of 40"):
-        data.read_video(path, np.array([40]), (27, 48))
+        data.read_video(path, np.array([40]), (27, 48), all_of(27, 48))
     if ending == "_rgb.avi":  # an mp4 without its end has no index at all
         noise = np.random.default_rng(0).integers(0, 255, (40, 54, 96, 3), dtype=np.uint8)
         path = write_video(path, noise)
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-        assert data.read_video(path, np.array([0, 5]), (27, 48)).shape == (2, 27, 48, 3)
+        assert data.read_video(path, np.array([0, 5]), (27, 48), all_of(27, 48)).shape == (2, 27, 48, 3)
         with pytest.raises(data.BadClip, match="clip_rgb.avi"):
-            data.read_video(path, np.array([0, 39]), (27, 48))
+            data.read_video(path, np.array([0, 39]), (27, 48), all_of(27, 48))
     path.write_bytes(b"no video")
     with pytest.raises(data.BadClip, match="clip"):
         data.video_length(path)
@@ -1074,7 +1100,8 @@ def test_ntu(tmp_path, capsys):
     }
     assert source.missing == ["S003C001P001R001A001 has no video"] and len(source.joint_names) == 50
     assert len(source.annotate(source.clips["test"][0]).joints) == 12
-    (roots[2] / data.NTU_LISTS[120]).write_text("Some prose.\nMore.\n\nS018C003P041R002A061\nS002C001P003R001A007\n")
+    path = roots[2] / data.NTU_LISTS[120].lower()
+    path.write_text("Some prose.\nMore.\n\nS018C003P041R002A061\nS002C001P003R001A007\n")
     source = data.ntu(roots, "ntu60-xview")
     assert not capsys.readouterr().err
     assert [c.name for c in source.clips["train"] + source.clips["test"]] == [
@@ -1572,7 +1599,7 @@ def examine(options, name, file, declared):
             assert (video.dtype, joints.dtype, visible.dtype) == (torch.uint8, torch.float32, torch.bool)
             assert video.shape == (3, 24, 24, 24) and joints.shape == (24, R, 2) and visible.shape == (24, R)
             assert ((joints[visible] >= -0.5) & (joints[visible] < 23.5)).all() and item["label"] < len(source.classes)
-            assert all(name in reason for reason in item["bad"])
+            assert all(name in reason for _, reason in item["bad"])
             if item["bad"]:
                 fates.add("replaced")
             elif declared:
@@ -1892,12 +1919,24 @@ def test_an_epoch_is_kept_before_it_is_tested(penn, fit, tmp_path):
     frame.write_bytes(b"")
     flags = f"--data pennaction --root {penn} --frames 8 --batch 60 --epochs 1"
     assert fit(flags)[0] == 1 and checkpoint(tmp_path / "run")["progress"] | {"seconds": 0, "loss": 0} == {
-        "epoch": 0, "seen": 60, "step": 1, "loss": 0, "losses": [], "bad": [], "seconds": 0, "best": -1.0
+        "epoch": 0, "seen": 60, "step": 1, "loss": 0, "losses": [], "bad": {}, "seconds": 0, "best": -1.0
     }  # fmt: skip
     frame.write_bytes(whole)
     assert fit(f"{flags} --resume")[0] == 0
     assert fit(flags, out="whole")[0] == 0
     assert log_of(tmp_path / "run") == log_of(tmp_path / "whole")
+
+
+def test_a_bad_clip_counts_once(penn):
+    """A clip that counts again, whenever it was to stand in for another one or other frames of it were drawn."""
+    for name in ("0002", "0004"):
+        shutil.rmtree(penn / "frames" / name)
+    dataset = data.Dataset(data.penn_action([penn]), "train", 2, 24, 24)
+    bad = [clip for epoch in range(4) for i in (0, 1) for clip in dataset[epoch, i]["bad"]]
+    assert len(set(bad)) > 2
+    run = argparse.Namespace(progress=train.Progress(), world=argparse.Namespace(rank=1))
+    train.note_bad_clips(run, bad, 200)
+    assert list(run.progress.bad) == ["0002", "0004"]
 
 
 def test_bad_clips_in_training(penn, fit, tmp_path):
@@ -1920,23 +1959,24 @@ def test_bad_clips_in_training(penn, fit, tmp_path):
 
 def test_training_on_videos(fit, tmp_path):
     """A source whose joints are read in the loading processes; a video that breaks off before its header says."""
-    names = [f"clip {i}" for i in range(30)]
+    names = [f"clip {i}" for i in range(31)]
     for i, name in enumerate(names):
         write_video(tmp_path / f"{name}.avi", numbered(12, 40, 60)[:: 1 if i % 2 else -1])
     annotations = [entry(name, label=i % 2, img_shape=(40, 60)) for i, name in enumerate([*names, "gone"])]
-    content = {"split": {"a": names[:20], "b": [*names[20:], "gone"]}, "annotations": annotations}
+    content = {"split": {"a": names[:20], "b": [*names[20:30], "gone"]}, "annotations": annotations}
     (tmp_path / "own.pkl").write_bytes(pickle.dumps(content))
     flags = f"--data pyskl --root {tmp_path} --annotations {tmp_path}/own.pkl --split-train a --split-val b --epochs 1"
     for workers in (0, 1):
         status, printed = fit(f"{flags} --workers {workers} --preset tiny", out=f"run {workers}")
         assert status == 0 and "1 clips are left out: gone has no video" in printed
     assert log_of(tmp_path / "run 0") == log_of(tmp_path / "run 1") and log_of(tmp_path / "run 0")[0]["clips"] == 10
-    content["split"] |= {"c": names[19:-1]}
+    content["split"] |= {"c": names[21:], "both": names[15:25]}
     (tmp_path / "own.pkl").write_bytes(pickle.dumps(content))
     status, printed = fit(f"{flags} --split-val c --epochs 2 --resume", out="run 0")
     assert status == 2 and "of other clips: 20 training and 10 test clips" in printed
-    status, printed = fit(f"{flags} --split-val a", out="same")
-    assert status == 1 and "--split-train and --split-val are both 'a'" in printed
+    for split, shared in (("a", 20), ("both", 5)):
+        status, printed = fit(f"{flags} --split-val {split}", out="same")
+        assert status == 1 and f"own.pkl: {shared} clips, such as 'clip " in printed and "training and test" in printed
     for name in (names[0], names[25]):
         path = tmp_path / f"{name}.avi"
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])

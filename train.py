@@ -215,7 +215,7 @@ class Progress:
     step: int = 0  # optimizer steps in all
     loss: float = 0.0  # sum over these clips
     losses: list[float] = field(default_factory=list)  # of every tenth step of this epoch, for a curve
-    bad: list[str] = field(default_factory=list)  # clips of this epoch that could not be read, and why
+    bad: dict[str, str] = field(default_factory=dict)  # clips of this epoch that could not be read, and why
     seconds: float = 0.0  # spent on this epoch
     best: float = -1.0  # top-1
 
@@ -324,7 +324,7 @@ def train_one_epoch(run: Run, dataset: data.Dataset) -> bool:
         progress.step, progress.seen = progress.step + 1, progress.seen + recipe.batch
         bar.update(recipe.batch)
 
-        bad = [reason for batch in step for reason in batch["bad"]]
+        bad = [clip for batch in step for clip in batch["bad"]]
         signals, replaced = world.sum([run.signal, len(bad)]).tolist()  # all processes take the same turn
         if replaced:
             note_bad_clips(run, world.gather(bad), len(dataset))
@@ -340,16 +340,17 @@ def train_one_epoch(run: Run, dataset: data.Dataset) -> bool:
     return True
 
 
-def note_bad_clips(run: Run, bad: list[str], clips: int):
+def note_bad_clips(run: Run, bad: list[tuple[str, str]], clips: int):
     """Warn of clips that were replaced by others, each once an epoch; more than 1 % of all clips end the run."""
     known = run.progress.bad
-    for reason in bad:
-        if reason not in known:
-            known.append(reason)
+    for name, reason in bad:
+        if name not in known:
+            known[name] = reason
             if run.world.rank == 0:
                 print(f"\nwarning: a clip was replaced by another one: {reason[:500]}", file=sys.stderr, flush=True)
     if len(known) > max(1, clips / 100):
-        raise RunError(f"{len(known)} of {clips} clips, more than 1 %, cannot be read:\n" + "\n".join(known))
+        reasons = "\n".join(known.values())
+        raise RunError(f"{len(known)} of {clips} clips, more than 1 %, cannot be read:\n{reasons}")
 
 
 @torch.no_grad()

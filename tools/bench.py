@@ -12,8 +12,8 @@ types, layouts, compilation and batches of the step (for CUDA).
 
 What is compared takes turns, A B A B, in one process; a figure is the median of the rounds, of which a first one only
 warms up, and a ratio is that of two medians. Operations are those of a forward, two for each multiplication, and a step
-counts as three forwards. The peak of the machine is a product of two matrices in the same rounds and type, by its median
-as all else; a share of the fastest of these products, which grows faster with every round, stands beside it.
+counts as three forwards. The peak of the machine is that of a product of two matrices in the same rounds and type, by
+its median as all else. A share of the fastest of these products, which gets faster with every round, stands beside it.
 Memory is the largest sum of live tensors, which the allocator counts: it repeats, whatever else the machine does.
 """
 
@@ -302,8 +302,8 @@ def plain(s: Settings, options: argparse.Namespace):
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def speed(options: argparse.Namespace, runs: dict[str, Run], batch: list[Tensor], flops: float) -> tuple[dict, dict]:
-    """Forward and step side by side; the medians, and the peak of the machine for each run."""
+def speed(options: argparse.Namespace, runs: dict[str, Run], batch: list[Tensor], flops: float) -> dict:
+    """Forward and step side by side; the medians."""
     work = {("product", run.amp): product(run.amp, options) for run in runs.values()}
     for kind in ("forward", "step"):
         work |= {(kind, name): partial(getattr(run, kind), batch) for name, run in runs.items()}
@@ -319,7 +319,7 @@ def speed(options: argparse.Namespace, runs: dict[str, Run], batch: list[Tensor]
             row(f"  share of the {what}", *(forwards * flops / median[kind, n] / best[n] for n in runs), form="{:.1%}")
         if "plain" in runs:
             row("  times the plain version", *(median[kind, "plain"] / median[kind, n] for n in runs), form="{:.2f}")
-    return median, peak
+    return median
 
 
 def table(s: Settings, options: argparse.Namespace):
@@ -327,7 +327,7 @@ def table(s: Settings, options: argparse.Namespace):
     amps, B, device = options.amp, options.batch, options.device
     batch, runs = make_batch(s, B, device), {amp: Run(s, device, amp) for amp in amps}
     count = operations(runs[amps[0]], batch)
-    median, peak = speed(options, runs, batch, count["all"])
+    median = speed(options, runs, batch, count["all"])
     row("peak memory of the step, GiB", *(step_memory(s, B, device, amp=amp) / 2**30 for amp in amps), form="{:.2f}")
     row("  clips in 32 GiB", *(largest_batch(s, device, amp=amp)[0] for amp in amps))
     row("  clips in 32 GiB, checkpoints", *(largest_batch(s, device, amp=amp, checkpoints=True)[0] for amp in amps))
@@ -335,17 +335,21 @@ def table(s: Settings, options: argparse.Namespace):
     row(f"loader, {options.workers} workers, clips/s", *[loaded] * len(amps), form="{:.1f}")
     row("  times what the step needs", *(loaded * median["step", amp] / B for amp in amps), form="{:.1f}")
 
-    parts = {amp: [] for amp in amps}
+    parts, products = {amp: [] for amp in amps}, {amp: product(amp, options) for amp in amps}
     for _ in range(options.rounds):
         for amp, run in runs.items():
-            parts[amp].append(by_part(run, batch, partial(clock, device)))
+            begin = clock(device)
+            products[amp]()
+            took = clock(device) - begin
+            parts[amp].append(by_part(run, batch, partial(clock, device)) | {"product": took})
     print()
     row("a forward, per clip", "GFLOP", *(f"{amp} {what}" for amp in amps for what in ("ms", "share", "of peak")))
     for part, flops in count.items():
         cells = []
         for amp in amps:
-            took, whole = (np.median([one[name] for one in parts[amp]]) for name in (part, "all"))
-            of_peak = flops / took / peak[amp] if took else 0.0  # Table 4: a part that is not there
+            took, whole, best = (np.median([one[name] for one in parts[amp]]) for name in (part, "all", "product"))
+            peak = 2 * options.matrix**3 / best
+            of_peak = flops / took / peak if took else 0.0  # Table 4: a part that is not there
             cells += [f"{1e3 * took / B:.1f}", f"{took / whole:.1%}", f"{of_peak:.1%}"]
         row(part, f"{flops / B / 1e9:.2f}", *cells)
 
@@ -566,7 +570,7 @@ def package(s: Settings, options: argparse.Namespace):
 
 
 class BareDecoding(data.Dataset):
-    """The frames that the loader would read, decoded and scaled as there, and nothing else."""
+    """The frames that the loader would read, decoded and scaled as a whole, and nothing else."""
 
     def load(self, clip: data.Clip, rng: np.random.Generator) -> dict:
         from PIL import Image
@@ -584,12 +588,13 @@ def write_penn(root: Path):
     """Penn Action's layout in 480 x 270: synthetic clips, with noise until a frame has the bytes of a photograph."""
     savemat = data.need("scipy.io", "scipy", "to write labels").savemat
     image = data.need("PIL.Image", "pillow", "to write frames")
+    whole = slice(0, 270), slice(0, 480)
     (root / "labels").mkdir()
     for clip in data.synthetic(8, 1).clips["train"]:
         n, folder = len(clip.joints), root / "frames" / clip.name
         folder.mkdir(parents=True)
         noise = np.random.default_rng(0).normal(0, 10, (n, 270, 480, 3))
-        for t, frame in enumerate(data.draw(clip, np.arange(n), (270, 480)) + noise):
+        for t, frame in enumerate(data.draw(clip.media, np.arange(n), (270, 480), whole) + noise):
             image.fromarray(frame.clip(0, 255).astype(np.uint8)).save(folder / f"{t + 1:06d}.jpg")
         label = {"x": 4 * clip.joints[..., 0], "y": 4 * clip.joints[..., 1], "visibility": clip.visible}
         label |= {"action": "jump_rope", "train": 1, "dimensions": [270, 480, n]}
