@@ -611,7 +611,9 @@ def build(options: argparse.Namespace, given: dict) -> tuple[Run, data.Source]:
         model = D3T(settings).to(world.device)
     except (RuntimeError, MemoryError, TypeError) as error:  # too large, or of a type that is not the setting's
         raise UsageError(f"a model of these settings cannot be made: {first_line(error)}") from None
-    model.trunk.to(memory_format=torch.channels_last_3d)  # the layout in which convolutions are faster
+    for module in model.modules():  # the layout in which convolutions are faster, and that of their gradients
+        if isinstance(module, torch.nn.Conv3d):
+            module.to(memory_format=torch.channels_last_3d)
     if options.checkpointing:
         for block in model.blocks:
             block.forward = functools.partial(torch.utils.checkpoint.checkpoint, block.forward, use_reentrant=False)
