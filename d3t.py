@@ -332,7 +332,7 @@ class Settings:
     frames: int = setting(12, "T, frames of a clip")
     height: int = setting(224, "H, pixels")
     width: int = setting(224, "W, pixels")
-    channels: int = setting(64, "C, channels of the trunk; a token has D = 4C")
+    channels: int = setting(64, "C, channels of the trunk; a token has D = 4C (open)")
     blocks: int = setting(4, "L, transformer blocks (open)")
     heads: int = setting(4, "attention heads; at C = 64 they have 64 channels each, as in ViT (open)")
     kernel: int = setting(7, "k of the 3D token search, tokens")

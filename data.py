@@ -405,8 +405,8 @@ def read_jpegs(folder: Path, frames: np.ndarray, size: Size, crop: Crop) -> np.n
 
 def clip_key(name: str) -> str:
     """A name that is the same with and without suffixes such as `_rgb`, `.mp4`, and FineGYM's `_E_` and `_A_`."""
-    name = re.sub(r"\.(avi|mp4|mkv|webm|mov)$", "", name, flags=re.IGNORECASE)
-    return re.sub(r"_[EA]_", "_", name.removesuffix("_rgb"))
+    name = re.sub(r"\.(avi|mp4|mkv|webm|mov)$", "", name, flags=re.IGNORECASE).removesuffix("_rgb")
+    return re.sub(r"_E_(\d+_\d+)_A_(\d+_\d+)$", r"_\1_\2", name)
 
 
 def find_files(roots: list[Path], endings: tuple[str, ...]) -> dict[str, Path]:
@@ -447,12 +447,14 @@ def open_video(path: Path):
 
 
 def video_length(path: Path) -> int:
-    """Frames of a video by its header, or, where that does not say, its packets."""
+    """Frames that the decoder puts out, by the packets of a video, or by its header if it breaks off."""
     try:
         container, stream = open_video(path)
         with container:
-            cut = [packet.is_discard for packet in container.demux(stream) if packet.size]  # by an edit list
-            n = (stream.frames or len(cut)) - sum(cut)
+            packets = [packet for packet in container.demux(stream) if packet.size]
+            n = sum(not packet.is_discard for packet in packets)  # those that an edit list hides are discarded
+            if "mov" not in container.format.name or not packets or packets[-1].is_corrupt:  # no list, or no end
+                n = stream.frames or n
         if not 0 < n <= MOST_FRAMES:
             raise ValueError(f"{n} frames")
         return n
@@ -596,12 +598,17 @@ def parse_skeleton(text: bytes) -> tuple[int, np.ndarray, np.ndarray, np.ndarray
     when, ids, rows = [], [], []
     for frame in range(frames):
         bodies, at = int(lines[at]), at + 1
+        if bodies < 0:
+            raise ValueError(f"line {at}: {bodies} bodies")
         for _ in range(bodies):
             if int(lines[at + 1]) != 25:
                 raise ValueError(f"line {at + 2}: {int(lines[at + 1])} joints, expected 25")
             when.append(frame)
             ids.append(int(lines[at].split(None, 1)[0]))
-            rows += [[float(word) for word in line.split()] for line in lines[at + 2 : at + 27]]
+            joints = [line.split() for line in lines[at + 2 : at + 27]]
+            if [len(words) for words in joints] != [12] * 25:
+                raise ValueError(f"line {at + 3}: expected 25 lines of 12 numbers")
+            rows += [[float(word) for word in words] for words in joints]
             at += 27
     if len(set(ids)) > 256:  # the search for persons compares them all; the Kinect sees six at once
         raise ValueError(f"{len(set(ids))} different bodies")
@@ -713,7 +720,9 @@ def pyskl(roots: list[Path], annotations: list[Path], splits: tuple[str, str] = 
                 listed, known = list(content["annotations"]), content["split"]
                 if not {*splits} <= known.keys():
                     raise ValueError(f"it has no {' or '.join(splits)}; its splits are {[*known]}")
-                wanted = {ours: {*map(clip_key, known[theirs])} for ours, theirs in zip(source.clips, splits)}
+                wanted = {}
+                for split, listed_as in zip(source.clips, splits):
+                    wanted[split] = {clip_key(name): name for name in known[listed_as]}
         except FileNotFoundError:
             raise DataError(f"no annotations at {path}: expected a pickle in the form of pyskl") from None
         except Exception as error:  # a damaged pickle can raise anything
@@ -723,7 +732,7 @@ def pyskl(roots: list[Path], annotations: list[Path], splits: tuple[str, str] = 
             name = f"{path}, entry {number}"
             try:
                 given = entry.get("filename") or entry["frame_dir"]
-                key, name = clip_key(given), given  # TypeError for what is no text
+                key, name = clip_key(given), str(given)  # TypeError for what is no text
                 chosen = [split for split, names in wanted.items() if names is None or key in names]
                 if key in found:
                     raise ValueError("it is there twice")
@@ -741,10 +750,11 @@ def pyskl(roots: list[Path], annotations: list[Path], splits: tuple[str, str] = 
             for split in chosen:
                 source.clips[split].append(replace(clip, media=videos[key]))
         for names in wanted.values():
-            source.missing += [f"{name} has no annotation in {path}" for name in sorted((names or set()) - found)]
-    both = {clip.name for clip in source.clips["train"]} & {clip.name for clip in source.clips["test"]}
+            lacking = [name for key, name in (names or {}).items() if key not in found]
+            source.missing += [f"{name} has no annotation in {path}" for name in lacking]
+    both = {clip.media for clip in source.clips["train"]} & {clip.media for clip in source.clips["test"]}
     if both:
-        raise DataError(f"{annotations[-1]}: {len(both)} clips, such as {min(both)!r}, are for training and test alike")
+        raise DataError(f"{annotations[-1]}: {len(both)} clips are for training and test alike, such as {min(both)}")
     if not videos:
         raise DataError(f"no videos in {', '.join(map(str, roots))}: looked for NAME.mp4 as named in {annotations[0]}")
     source.classes = [str(label) for label in range(labels)]
@@ -785,8 +795,8 @@ def pyskl_annotate(clip: Clip) -> Clip:
 
 def finegym(roots: list[Path]) -> Source:
     """ROOT/gym_hrnet.pkl of pyskl, or gym_2d.pkl as mmaction2 names it, and the videos ROOT/subactions/NAME.mp4."""
-    other = roots[0] / "gym_2d.pkl"
-    return pyskl(roots, [other if other.exists() else roots[0] / "gym_hrnet.pkl"])
+    path, other = (roots[0] / name for name in ("gym_hrnet.pkl", "gym_2d.pkl"))
+    return pyskl(roots, [other if other.exists() and not path.exists() else path])
 
 
 # --------------------------------------------------------------------------------------------------------------------

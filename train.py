@@ -215,7 +215,7 @@ class Progress:
     step: int = 0  # optimizer steps in all
     loss: float = 0.0  # sum over these clips
     losses: list[float] = field(default_factory=list)  # of every tenth step of this epoch, for a curve
-    bad: dict[str, str] = field(default_factory=dict)  # clips of this epoch that could not be read, and why
+    bad_clips: dict[str, str] = field(default_factory=dict)  # clips of this epoch that could not be read, and why
     seconds: float = 0.0  # spent on this epoch
     best: float = -1.0  # top-1
 
@@ -342,7 +342,7 @@ def train_one_epoch(run: Run, dataset: data.Dataset) -> bool:
 
 def note_bad_clips(run: Run, bad: list[tuple[str, str]], clips: int):
     """Warn of clips that were replaced by others, each once an epoch; more than 1 % of all clips end the run."""
-    known = run.progress.bad
+    known = run.progress.bad_clips
     for name, reason in bad:
         if name not in known:
             known[name] = reason
@@ -679,7 +679,7 @@ def fit(run: Run, train: data.Dataset, test: data.Dataset) -> int:
             "losses": progress.losses,
             "lr": run.optimizer.param_groups[0]["lr"],
             **result,
-            "bad": len(progress.bad),
+            "bad": len(progress.bad_clips),
             "seconds": round(progress.seconds, 2),
             "clips_per_second": round(progress.seen / progress.seconds, 1),
         }

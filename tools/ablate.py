@@ -65,30 +65,17 @@ def rows_of(ablation: str, settings: Settings) -> list[Row]:
     return sorted(rows.values(), key=lambda row: (row.line, row.x))
 
 
-def expected(words: list[str]) -> tuple[argparse.Namespace, dict]:
-    """What a run with these flags has for options, and for settings of model and training."""
-    options, given = train.parse_args(words)
-    return options, train.preset(options.preset) | given
-
-
 def train_row(folder: Path, words: list[str], jobs: int) -> float:
     """Run `train.py`, or what is left of that run, in this folder; top-1 after its last epoch, in percent."""
-    saved = train.load_checkpoint(folder / "last.pt") if (folder / "last.pt").exists() else None
-    words = [*words, "--out", str(folder), "--resume" if saved else "--overwrite"]
-    if saved:
-        values = saved["recipe"] | saved["settings"]
-        other = [f"{k} is {values[k]}, not {v}" for k, v in expected(words)[1].items() if values[k] != v]
-        if other:
-            raise train.UsageError(f"{folder} holds another run: {'; '.join(other)}; choose another --out")
-    if not saved or saved["progress"]["epoch"] < saved["recipe"]["epochs"]:
-        folder.mkdir(parents=True, exist_ok=True)
-        threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))}  # unless it is set
-        with (folder / "output.txt").open("a") as output:
-            command = [sys.executable, train.__file__, *words]
-            done = subprocess.run(command, env=threads | os.environ, stdout=output, stderr=output)
-        if done.returncode:
-            said = (folder / "output.txt").read_text().strip().splitlines()
-            raise train.UsageError(f"{folder} ended with status {done.returncode}: {said[-1] if said else ''}")
+    go_on = "--resume" if (folder / "last.pt").exists() else "--overwrite"  # the same if it is finished; else an error
+    command = [sys.executable, train.__file__, *words, "--out", str(folder), go_on]
+    threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))}  # unless it is set
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "output.txt").open("a") as output:
+        done = subprocess.run(command, env=threads | os.environ, stdout=output, stderr=output)
+    if done.returncode:
+        said = (folder / "output.txt").read_text().strip().splitlines()
+        raise train.UsageError(f"{folder} ended with status {done.returncode}: {said[-1] if said else ''}")
     top1 = 100 * json.loads((folder / "log.jsonl").read_text().splitlines()[-1])["top1"]
     print(f"{folder}: {top1:.2f}", flush=True)
     return top1
@@ -125,11 +112,8 @@ def table(rows: list[Row], found: list[list[float]]) -> str:
 
 def plot(rows: list[Row], found: list[list[float]], x: str, path: Path):
     """Fig. 7: mean over the seeds, bars from the lowest to the highest."""
-    import matplotlib
-
-    matplotlib.use("agg")
-    import matplotlib.pyplot as plt
-
+    plt = data.need("matplotlib.pyplot", "matplotlib", "to draw the plot")
+    plt.switch_backend("agg")
     figure, axis = plt.subplots(figsize=(5, 3.2))
     for line, marker in zip(dict.fromkeys(row.line for row in rows), "os^v"):
         some = [(row.x, top1) for row, top1 in zip(rows, found) if row.line == line]
@@ -158,7 +142,8 @@ def main(words: list[str] | None = None) -> int:
             raise train.UsageError(f"--jobs must be 1 or more, not {options.jobs}")
         if options.what.startswith("fig"):
             data.need("matplotlib", "matplotlib", "to draw the plot")
-        flags, values = expected(shared)
+        flags, given = train.parse_args(shared)
+        values = train.preset(flags.preset) | given
         if values["seed"] or flags.resume or flags.overwrite or flags.eval or flags.stop_after < math.inf:
             raise train.UsageError("--seed, --resume, --overwrite, --eval and --stop-after: not here; there is --seeds")
         try:
@@ -167,6 +152,7 @@ def main(words: list[str] | None = None) -> int:
             raise train.UsageError(str(error)) from None
         place = options.out / "-".join([flags.data, *shared]).replace("--", "").replace("/", "_")
         rows = rows_of(options.what, settings)
+        shared = ["--preset", flags.preset, *shared]  # so that --resume compares all of it with what was trained
         found = train_rows(rows, place, shared, options.seeds, options.jobs)
         text = f"`python -m tools.ablate {' '.join(words or sys.argv[1:])}`\n\n{table(rows, found)}\n"
         (place / f"{options.what}.md").write_text(text)

@@ -102,7 +102,8 @@ class Run:
 def make_batch(s: Settings, clips: int, device: torch.device) -> list[Tensor]:
     """Video, joints, visible and label."""
     random = np.random.default_rng(0)
-    video = random.integers(0, 256, (clips, 3, s.frames, s.height, s.width), dtype=np.uint8)
+    video = random.integers(0, 256, (clips, s.frames, s.height, s.width, 3), dtype=np.uint8)
+    video = video.transpose(0, 4, 1, 2, 3)  # as data.collate lays it out
     joints = random.random((clips, s.frames, s.joints, 2), dtype=np.float32) * np.float32([s.width, s.height])
     batch = video, joints, random.random(joints.shape[:3]) < 0.9, np.arange(clips) % s.classes
     return [torch.from_numpy(array).to(device) for array in batch]
@@ -219,7 +220,7 @@ class Plain(nn.Module):
 
     def forward(self, video: Tensor, joints: Tensor, visible: Tensor) -> Tensor:
         m, trunk, maps = self.model, self.model.trunk, []
-        x = trunk.stem((video - m.mean) / m.std)
+        x = trunk.stem((video.contiguous() - m.mean) / m.std)
         for layer in (*trunk.layer1, *trunk.layer2, *trunk.layer3):
             x = (layer.conv2(layer.conv1(x)) + (x if layer.downsample is None else layer.downsample(x))).relu()
             maps.append(x)
@@ -498,9 +499,7 @@ def scaling(s: Settings, options: argparse.Namespace):
 
 def draw_scaling(s: Settings, seconds: dict, flops: dict, slopes: dict, ratios: dict, path: Path):
     """Measured solid; dashed the operations of the equations, moved to the same mean."""
-    data.need("matplotlib", "matplotlib", "to draw the plot")
-    import matplotlib.pyplot as plt
-
+    plt = data.need("matplotlib.pyplot", "matplotlib", "to draw the plot")
     plt.switch_backend("agg")
     figure, axes = plt.subplots(1, 4, figsize=(18, 4.4))
     for (axis, name), (measured, expected) in slopes.items():
@@ -569,19 +568,15 @@ def package(s: Settings, options: argparse.Namespace):
 # --------------------------------------------------------------------------------------------------------------------
 
 
-class BareDecoding(data.Dataset):
-    """The frames that the loader would read, decoded and scaled as a whole, and nothing else."""
+def bare_decoding(folder: Path, frames: np.ndarray, size: data.Size, crop: data.Crop) -> np.ndarray:
+    """In place of `data.read_jpegs`: the same frames, decoded and scaled as a whole, and nothing kept of them."""
+    from PIL import Image
 
-    def load(self, clip: data.Clip, rng: np.random.Generator) -> dict:
-        from PIL import Image
-
-        scale = data.RESIZE * max(side / full for side, full in zip(self.crop, clip.size))
-        size = round(clip.size[1] * scale), round(clip.size[0] * scale)
-        for frame in ((np.arange(self.frames) + rng.random(self.frames)) * len(clip.joints) / self.frames).astype(int):
-            with Image.open(clip.media / f"{frame + 1:06d}.jpg") as image:
-                image.draft("RGB", size)
-                np.asarray(image.convert("RGB").resize(size, Image.Resampling.BILINEAR))
-        return {"video": torch.empty(3, 0, 0, 0)}
+    for frame in frames:
+        with Image.open(folder / f"{frame + 1:06d}.jpg") as image:
+            image.draft("RGB", size[::-1])
+            np.asarray(image.convert("RGB").resize(size[::-1], Image.Resampling.BILINEAR))
+    return np.empty((0, 0, 0, 3), np.uint8)
 
 
 def write_penn(root: Path):
@@ -613,8 +608,9 @@ def jpeg_loader(s: Settings, options: argparse.Namespace, workers: int) -> dict[
     with tempfile.TemporaryDirectory() as folder:
         write_penn(Path(folder))
         source, work = data.penn_action([Path(folder)]), {}
-        for name, kind in (("bare", BareDecoding), ("loader", data.Dataset)):
-            work[name] = partial(drain, kind(source, "train", s.frames, s.height, s.width), options.clips, workers)
+        for name, read in (("bare", bare_decoding), ("loader", data.read_jpegs)):
+            clips = data.Dataset(replace(source, read=read), "train", s.frames, s.height, s.width)
+            work[name] = partial(drain, clips, options.clips, workers)
         seconds = alternate(options, work)
     return {name: options.clips / np.median(times) for name, times in seconds.items()}
 

@@ -211,7 +211,6 @@ def main(words: list[str] | None = None) -> int:
                 raise train.UsageError(f"--boxes {options.boxes}: the test split has {len(clips)} clips")
             print_boxes(model, source, clips, options.boxes)
             return 0
-        data.need("matplotlib", "matplotlib", "to draw the pictures")
         for number in options.clips:
             if not 0 <= number < len(clips):
                 raise train.UsageError(f"--clips {number}: the test split has the clips 0 to {len(clips) - 1}")
@@ -225,11 +224,8 @@ def main(words: list[str] | None = None) -> int:
 
 
 def explain(options: argparse.Namespace, model: D3T, source: data.Source, clips: data.Dataset):
-    import matplotlib
-
-    matplotlib.use("agg")
-    import matplotlib.pyplot as plt
-
+    plt = data.need("matplotlib.pyplot", "matplotlib", "to draw the pictures")
+    plt.switch_backend("agg")
     options.out.mkdir(parents=True, exist_ok=True)
     for number in options.clips:
         item = clips[number]
