@@ -15,6 +15,7 @@ Exit status: 0 done, 1 the run could not go on, 2 a flag or file that cannot be 
 import argparse
 import ctypes
 import functools
+import io
 import json
 import math
 import os
@@ -426,10 +427,11 @@ def save_checkpoint(run: Run, name: str):
         "data": run.options.data,
         "clips": run.clips,
     }
-    beside = path.with_suffix(".tmp")
+    beside, buffer = path.with_suffix(".tmp"), io.BytesIO()
     try:
+        torch.save(state, buffer)  # not to the file: left halfway, torch writes on when it is closed, and aborts
         with beside.open("wb") as file:
-            torch.save(state, file)
+            file.write(buffer.getbuffer())
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, path)
