@@ -31,7 +31,7 @@ Where the paper is silent, this file decides as follows (the README says why, wh
   - without modal tokens (Table 5) the head gets the mean RGB token and the mean pose token, side by side
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 import torch
 import torch.nn as nn
@@ -323,6 +323,14 @@ def setting(default, text: str):
     return field(default=default, metadata={"help": text})
 
 
+def check_types(settings):
+    """TypeError for a field that is not of its type; an int may stand for a float."""
+    for f in fields(settings):
+        value = getattr(settings, f.name)
+        if type(value) is not f.type and (type(value), f.type) != (int, float):
+            raise TypeError(f"{f.name} must be {f.type.__name__}, not {value!r}")
+
+
 @dataclass(frozen=True)
 class Settings:
     """What fixes a model. The defaults are the paper's, or ours where the paper is silent ("open")."""
@@ -348,6 +356,7 @@ class Settings:
     pose_embedding: bool = setting(False, "add a learnable (T, R) embedding to the pose tokens (open)")
 
     def __post_init__(self):
+        check_types(self)
         for name in ("classes", "joints", "frames", "height", "width", "channels", "blocks", "heads", "kernel",
                      "sigma", "joint_window", "joint_stride", "temporal_window", "temporal_stride"):  # fmt: skip
             if not getattr(self, name) > 0:
@@ -425,7 +434,7 @@ class D3T(nn.Module):
     joints   (B, T, R, 2) float, x then y, in pixels of the video
     visible  (B, T, R) bool; the coordinates of a joint that is not visible have no effect
     returns  logits (B, classes)
-    raises   ValueError where a shape differs from the settings or visible is not bool
+    raises   ValueError where a shape differs from the settings, or a type from these
     """
 
     def __init__(self, settings: Settings):
@@ -511,6 +520,8 @@ class D3T(nn.Module):
         ):
             if tuple(tensor.shape) != expected:
                 raise ValueError(f"{name} has shape {tuple(tensor.shape)}, the settings ask for {expected}")
+        if video.dtype not in (torch.uint8, self.mean.dtype):
+            raise ValueError(f"video must be uint8, or {self.mean.dtype} as the weights are, not {video.dtype}")
         if visible.dtype != torch.bool:
             raise ValueError(f"visible must be bool, not {visible.dtype}")
 

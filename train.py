@@ -41,7 +41,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import data
-from d3t import D3T, Settings, setting
+from d3t import D3T, Settings, check_types, setting
 
 with suppress(ImportError):  # not on Windows, where nothing keeps two runs out of one folder
     import fcntl
@@ -70,6 +70,7 @@ class Recipe:
     hide: str = setting("none", "joints or video: what the other modality does alone")
 
     def __post_init__(self):
+        check_types(self)
         for name in ("epochs", "batch", "accumulate", "lr", "clip"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, not {getattr(self, name)}")
@@ -311,32 +312,32 @@ def train_one_epoch(run: Run, dataset: data.Dataset) -> bool:
         progress.seconds = time.time() - begin
         save_checkpoint(run, "last.pt")
 
-    while step := list(islice(loader, recipe.accumulate)):
-        rate = learning_rate(recipe, progress.epoch + (progress.seen + recipe.batch) / len(dataset))
-        for group in run.optimizer.param_groups:
-            group["lr"] = rate
-        loss = backward(run, step)
-        run.scaler.unscale_(run.optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), recipe.clip)
-        pending.append((torch.stack([loss, norm]), [name for batch in step for name in batch["name"]]))
-        run.scaler.step(run.optimizer)
-        run.scaler.update()
-        run.optimizer.zero_grad(set_to_none=True)
-        progress.step, progress.seen = progress.step + 1, progress.seen + recipe.batch
-        bar.update(recipe.batch)
+    with bar:  # closed before an error is told
+        while step := list(islice(loader, recipe.accumulate)):
+            rate = learning_rate(recipe, progress.epoch + (progress.seen + recipe.batch) / len(dataset))
+            for group in run.optimizer.param_groups:
+                group["lr"] = rate
+            loss = backward(run, step)
+            run.scaler.unscale_(run.optimizer)
+            norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), recipe.clip)
+            pending.append((torch.stack([loss, norm]), [name for batch in step for name in batch["name"]]))
+            run.scaler.step(run.optimizer)
+            run.scaler.update()
+            run.optimizer.zero_grad(set_to_none=True)
+            progress.step, progress.seen = progress.step + 1, progress.seen + recipe.batch
+            bar.update(recipe.batch)
 
-        bad = [clip for batch in step for clip in batch["bad"]]
-        signals, replaced = world.sum([run.signal, len(bad)]).tolist()  # all processes take the same turn
-        if replaced:
-            note_bad_clips(run, world.gather(bad), len(dataset))
-        stop = signals > 0 or progress.step >= run.options.stop_after
-        if stop or progress.step % run.options.save_every == 0:
-            save()
-        elif progress.step % 10 == 0:
-            check()
-        if stop:
-            return False
-    bar.close()
+            bad = [clip for batch in step for clip in batch["bad"]]
+            signals, replaced = world.sum([run.signal, len(bad)]).tolist()  # all processes take the same turn
+            if replaced:
+                note_bad_clips(run, world.gather(bad), len(dataset))
+            stop = signals > 0 or progress.step >= run.options.stop_after
+            if stop or progress.step % run.options.save_every == 0:
+                save()
+            elif progress.step % 10 == 0:
+                check()
+            if stop:
+                return False
     save()
     return True
 
@@ -611,7 +612,7 @@ def build(options: argparse.Namespace, given: dict) -> tuple[Run, data.Source]:
     torch.manual_seed(recipe.seed)
     try:
         model = D3T(settings).to(world.device)
-    except (RuntimeError, MemoryError, TypeError) as error:  # too large, or of a type that is not the setting's
+    except (RuntimeError, MemoryError) as error:  # too large
         raise UsageError(f"a model of these settings cannot be made: {first_line(error)}") from None
     for module in model.modules():  # the layout in which convolutions are faster, and that of their gradients
         if isinstance(module, torch.nn.Conv3d):
