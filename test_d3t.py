@@ -2257,6 +2257,18 @@ def test_a_loading_process_that_is_lost_during_a_save(then, fit, tmp_path, monke
     assert not (tmp_path / "run" / "last.tmp").exists()
 
 
+@pytest.mark.parametrize("error", [ConnectionResetError(104, "reset by peer"), EOFError()])
+def test_a_loading_process_that_is_lost_while_it_sends(error, fit, monkeypatch):
+    """A connection that breaks before torch sees that the process is gone, told as "reset by peer" and no more."""
+
+    def load_batches(*_):
+        raise error
+
+    monkeypatch.setattr(train, "load_batches", load_batches)
+    status, printed = fit("--stop-after 2")
+    assert status == 1 and printed.splitlines()[-1].startswith("train.py: lost a loading process")
+
+
 def test_damaged_checkpoints(fit, tmp_path):
     """A traceback, or a run that starts from half of its state."""
     assert fit("--stop-after 2")[0] == 0

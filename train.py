@@ -721,12 +721,9 @@ def main(words: list[str] | None = None) -> int:
         if run.world.rank == 0:
             print(json.dumps(result))
         return 0
-    except (UsageError, RunError, data.DataError, OSError) as error:
-        reason = str(error).strip().split("\ndata.BadClip: ")[-1]  # a loading process wraps it in its traceback
-        sys.stderr.write(f"train.py: {reason}\n")  # in one piece: several processes may have something to say
-        return 2 if isinstance(error, UsageError) else 1
-    except RuntimeError as error:
-        if "DataLoader worker" in str(error):
+    except (RuntimeError, ConnectionResetError, ConnectionRefusedError, EOFError) as error:
+        # a dying loading process closes its connections before torch sees that it is gone
+        if "DataLoader worker" in str(error) or not isinstance(error, RuntimeError):
             lost = "lost a loading process, perhaps to a lack of memory"
         elif isinstance(error, dist.DistError) or "gloo" in str(error):
             lost = f"rank {os.environ.get('RANK')} lost another one"
@@ -734,6 +731,10 @@ def main(words: list[str] | None = None) -> int:
             raise
         sys.stderr.write(f"train.py: {lost}: {first_line(error)}\n")
         return 1
+    except (UsageError, RunError, data.DataError, OSError) as error:
+        reason = str(error).strip().split("\ndata.BadClip: ")[-1]  # a loading process wraps it in its traceback
+        sys.stderr.write(f"train.py: {reason}\n")  # in one piece: several processes may have something to say
+        return 2 if isinstance(error, UsageError) else 1
     except KeyboardInterrupt:  # before or after training, which has handlers of its own
         return 128 + signal.SIGINT
     finally:
