@@ -25,6 +25,7 @@ import re
 import struct
 import sys
 import zlib
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -178,6 +179,8 @@ def numbers(array: np.ndarray) -> np.ndarray:
 
 def frame_size(sides) -> Size:
     """Height and width as integers; ValueError for what no camera takes, which can ask for all memory."""
+    if len(sides) != 2:
+        raise ValueError(f"a frame has a height and a width, not {sides}")
     height, width = sides
     size = int(height), int(width)
     if size != (height, width) or not 0 < max(size) <= min(8192, 16 * min(size)):
@@ -189,7 +192,7 @@ def frame_size(sides) -> Size:
 # The 13 joints of Penn Action, which the synthetic figures share
 # --------------------------------------------------------------------------------------------------------------------
 
-PENN_JOINTS = [
+PENN_JOINTS = [  # left and right as the viewer sees them: who faces the camera has the right arm on the "left"
     "head", "left shoulder", "right shoulder", "left elbow", "right elbow", "left wrist", "right wrist",
     "left hip", "right hip", "left knee", "right knee", "left ankle", "right ankle",
 ]  # fmt: skip
@@ -309,7 +312,7 @@ def penn_action(roots: list[Path]) -> Source:
     need("scipy.io", "scipy", "to read the labels of Penn Action")
     need("PIL.Image", "pillow", "to read the frames of Penn Action")
     root = roots[0]
-    labels = sorted((root / "labels").glob("*.mat"))
+    labels = sorted((root / "labels").glob("[0-9]*.mat"))
     if not labels or not (root / "frames").is_dir():
         raise DataError(
             f"no Penn Action in {root}: looked for {root}/labels/0001.mat and {root}/frames/0001/000001.jpg. "
@@ -388,8 +391,9 @@ def read_jpegs(folder: Path, frames: np.ndarray, size: Size, crop: Crop) -> np.n
         try:
             with Image.open(path, formats=["JPEG"]) as image:
                 frame_size(image.size[::-1])
-                image.draft("RGB", size[::-1])  # lets the decoder drop the detail that scaling would drop
-                (width, height), (h, w) = image.size, size
+                # Lets the decoder drop the detail that scaling would drop. The sides it returns are exact; those of
+                # `image.size` are rounded up, and the last row and column then reach beyond the picture.
+                (_, (_, _, width, height)), (h, w) = image.draft("RGB", size[::-1]), size
                 box = left * width / w, top * height / h, right * width / w, bottom * height / h
                 picture = image.convert("RGB")
                 video[t] = picture.resize((right - left, bottom - top), Image.Resampling.BILINEAR, box)
@@ -409,9 +413,9 @@ def clip_key(name: str) -> str:
     return re.sub(r"_E_(\d+_\d+)_A_(\d+_\d+)$", r"_\1_\2", name)
 
 
-def find_files(roots: list[Path], endings: tuple[str, ...]) -> dict[str, Path]:
+def find_files(roots: list[Path], endings: tuple[str, ...]) -> dict[str, list[Path]]:
     """Files below the roots by `clip_key`, whatever folders they are in."""
-    found, visited, errors = {}, set(), []
+    found, visited, errors = defaultdict(list), set(), []
     for root in filter(Path.exists, roots):
         for folder, folders, files in os.walk(root, followlinks=True, onerror=errors.append):
             real = os.path.realpath(folder)
@@ -422,10 +426,10 @@ def find_files(roots: list[Path], endings: tuple[str, ...]) -> dict[str, Path]:
             for file in sorted(files):
                 if file.lower().endswith(endings):
                     path = Path(folder, file)
-                    found.setdefault(clip_key(path.stem), path)
+                    found[clip_key(path.stem)].append(path)
     if errors:
         raise errors[0]
-    return found
+    return dict(found)
 
 
 VIDEOS = (".avi", ".mp4", ".mkv", ".webm", ".mov")
@@ -447,13 +451,13 @@ def open_video(path: Path):
 
 
 def video_length(path: Path) -> int:
-    """Frames that the decoder puts out, by the packets of a video, or by its header if it breaks off."""
+    """Frames that the decoder puts out, by the packets of a video, or by its header if it ends within one."""
     try:
         container, stream = open_video(path)
         with container:
             packets = [packet for packet in container.demux(stream) if packet.size]
             n = sum(not packet.is_discard for packet in packets)  # those that an edit list hides are discarded
-            if "mov" not in container.format.name or not packets or packets[-1].is_corrupt:  # no list, or no end
+            if not packets or packets[-1].is_corrupt:
                 n = stream.frames or n
         if not 0 < n <= MOST_FRAMES:
             raise ValueError(f"{n} frames")
@@ -478,8 +482,10 @@ def read_video(path: Path, frames: np.ndarray, size: Size, crop: Crop) -> np.nda
         with container:
             for picture in container.decode(stream):
                 if count in wanted:
-                    picture = scaler.reformat(picture, size[1], size[0], "rgb24", interpolation="BILINEAR")
-                    pictures[count] = picture.to_ndarray()[crop]
+                    turns = round(picture.rotation / 90)  # to the left: phones store on its side what is upright
+                    height, width = size[:: -1 if turns % 2 else 1]
+                    picture = scaler.reformat(picture, width, height, "rgb24", interpolation="BILINEAR")
+                    pictures[count] = np.rot90(picture.to_ndarray(), turns)[crop]
                 count += 1
                 if len(pictures) == len(wanted):
                     break
@@ -533,15 +539,18 @@ def ntu(roots: list[Path], protocol: str) -> Source:
     """*.skeleton and *_rgb.avi (or .mp4, with or without _rgb) anywhere below the roots; two persons, R = 50."""
     need("av", "av", "to read the videos of NTU RGB+D")
 
+    def smallest(paths):  # of the videos of a sample, some may be re-encoded
+        return min(paths, key=lambda path: path.stat().st_size) if len(paths) > 1 else paths[0]
+
     found = find_files(roots, (".skeleton",)), find_files(roots, VIDEOS)
-    skeletons, videos = ({n: p for n, p in each.items() if NTU_NAME.fullmatch(n)} for each in found)
+    skeletons, videos = ({n: smallest(p) for n, p in each.items() if NTU_NAME.fullmatch(n)} for each in found)
     if not skeletons or not videos:
         raise DataError(
             f"no NTU RGB+D in {', '.join(map(str, roots))}: {len(skeletons)} files like S001C001P001R001A001.skeleton "
             f"and {len(videos)} like S001C001P001R001A001_rgb.avi. Ask for the data set at "
             "rose1.ntu.edu.sg/dataset/actionRecognition, unpack it, and pass its folders as --root DIR DIR"
         )
-    lists = find_files(roots, tuple(file.lower() for file in NTU_LISTS.values())).values()
+    lists = sum(find_files(roots, tuple(file.lower() for file in NTU_LISTS.values())).values(), [])
     excluded = {match.group() for path in lists for match in NTU_NAME.finditer(path.read_text(errors="replace"))}
     actions, _, without, everything = NTU_PROTOCOLS[protocol]
     longer = NTU_LISTS[120]  # holds the other one
@@ -670,6 +679,12 @@ COCO_JOINTS = [
 COCO_PAIRS = [(i, i + 1) for i in range(1, 17, 2)]
 
 
+def buffer_array(raw, kind, shape, order, axes=None) -> np.ndarray:
+    """What numpy's `_frombuffer` returns; since 2.4 the axes may have been exchanged after they had this shape."""
+    array = np.frombuffer(raw, kind).reshape(shape, order="C" if axes else order)
+    return array.transpose(axes) if axes else array
+
+
 class ArrayUnpickler(pickle._Unpickler):
     """Reads plain containers, numbers, strings and numpy arrays, and refuses all else: a pickle can run any code.
 
@@ -681,10 +696,12 @@ class ArrayUnpickler(pickle._Unpickler):
         "numpy.dtype": lambda code, *_: np.dtype(code),
         "numpy.core.multiarray._reconstruct": lambda *_: np.empty(0),
         "numpy.core.multiarray.scalar": lambda kind, raw: np.frombuffer(raw, kind)[0],
-        "numpy.core.numeric._frombuffer": lambda raw, kind, shape, o: np.frombuffer(raw, kind).reshape(shape, order=o),
+        "numpy.core.numeric._frombuffer": buffer_array,
         "collections.OrderedDict": dict,
+        "collections.defaultdict": lambda *_: {},
         "_codecs.encode": lambda text, _: text.encode("latin1"),  # how protocol 2 writes bytes,
         **dict.fromkeys(("__builtin__.bytes", "builtins.bytes"), lambda: b""),  # and none
+        **{f"{module}.{kind.__name__}": kind for module in ("__builtin__", "builtins") for kind in (list, set)},
     }
 
     def find_class(self, module: str, name: str):
@@ -717,6 +734,8 @@ def pyskl(roots: list[Path], annotations: list[Path], splits: tuple[str, str] = 
                 content = ArrayUnpickler(file).load()
             listed, wanted = content, {only: None}
             if not isinstance(content, list):
+                if len(annotations) > 1:
+                    raise ValueError("of two files each must be a plain list of entries, this one has splits")
                 listed, known = list(content["annotations"]), content["split"]
                 if not {*splits} <= known.keys():
                     raise ValueError(f"it has no {' or '.join(splits)}; its splits are {[*known]}")
@@ -729,7 +748,7 @@ def pyskl(roots: list[Path], annotations: list[Path], splits: tuple[str, str] = 
             raise DataError(f"{path}: {reason(error)}") from None
         found = set()
         for number, entry in enumerate(listed):
-            name = f"{path}, entry {number}"
+            name = f"entry {number}"
             try:
                 given = entry.get("filename") or entry["frame_dir"]
                 key, name = clip_key(given), str(given)  # TypeError for what is no text
@@ -741,14 +760,16 @@ def pyskl(roots: list[Path], annotations: list[Path], splits: tuple[str, str] = 
                     continue
                 clip = pyskl_clip(name, entry)
             except Exception as error:  # what is missing, or of another type
-                source.problems.append(f"{name}: {type(error).__name__}: {error}")
+                source.problems.append(f"{path}, {name}: {reason(error)}")
                 continue
             labels, persons = max(labels, clip.label + 1), max(persons, clip.joints.shape[1] // 17)
             if key not in videos:
                 source.missing.append(f"{name} has no video")
                 continue
+            if len(videos[key]) > 1:
+                source.problems.append(f"{videos[key][0]} and {videos[key][1]} have one name: leave one of them there")
             for split in chosen:
-                source.clips[split].append(replace(clip, media=videos[key]))
+                source.clips[split].append(replace(clip, media=videos[key][0]))
         for names in wanted.values():
             lacking = [name for key, name in (names or {}).items() if key not in found]
             source.missing += [f"{name} has no annotation in {path}" for name in lacking]
@@ -770,12 +791,13 @@ def pyskl(roots: list[Path], annotations: list[Path], splits: tuple[str, str] = 
 
 def pyskl_clip(name: str, entry: dict) -> Clip:
     """A clip of `keypoint` (M, n, 17, 2), `keypoint_score` (M, n, 17), `label` and `img_shape`; up to two persons."""
-    keypoint = numbers(entry["keypoint"])[:2]  # float16 in the files, which scales badly
+    keypoint = numbers(entry["keypoint"])  # float16 in the files, which scales badly
     if keypoint.ndim != 4 or keypoint.shape[2:] != (17, 2) or not 0 < keypoint.shape[1] <= MOST_FRAMES:
         raise ValueError(f"keypoint has shape {keypoint.shape}, expected (persons, frames, 17, 2)")
-    score = numbers(entry.get("keypoint_score", np.ones(keypoint.shape[:3])))[:2]
+    score = numbers(entry.get("keypoint_score", np.ones(keypoint.shape[:3])))
     if score.shape != keypoint.shape[:3]:
         raise ValueError(f"keypoint_score has shape {score.shape}, keypoint {keypoint.shape}")
+    keypoint, score = keypoint[:2], score[:2]
     label, size = int(entry["label"]), frame_size(entry["img_shape"])
     if label != entry["label"] or not 0 <= label < 10_000:  # each label below the largest is a class
         raise ValueError(f"label {entry['label']}")
@@ -832,6 +854,11 @@ def load(options: argparse.Namespace) -> Source:
     words = [roots] if roots else []
     if options.root and options.data == "synthetic":
         raise DataError("--root: the synthetic clips are drawn, there are no files")
+    if options.data == "pennaction" and len(roots) > 1:
+        raise DataError("--root: Penn Action has one folder")
+    for root in options.root or []:
+        if not root.is_dir():
+            raise DataError(f"--root: there is no folder {root}")
     if options.data == "pyskl":
         if not options.annotations or len(options.annotations) > 2:
             raise DataError("--data pyskl needs --annotations PKL, or two of them, for train and test")
@@ -890,7 +917,7 @@ def main():
     if unseen:
         print(f"without a visible joint: {', '.join(unseen)}")
     print(*source.missing, *problems, f"{len(source.missing)} left out, {len(problems)} problems", sep="\n")
-    sys.exit(bool(problems))
+    sys.exit(bool(problems) or not clips)
 
 
 if __name__ == "__main__":

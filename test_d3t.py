@@ -28,7 +28,7 @@ import tempfile
 import time
 import traceback
 import zlib
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -880,6 +880,23 @@ def test_penn_action(penn):
         assert all(dataset[i]["video"].shape == (3, 4, 32, 32) for i in range(60))
 
 
+@pytest.mark.parametrize("height, width", [(270, 481), (393, 480)])
+def test_frames_whose_sides_the_decoder_cannot_halve(tmp_path, height, width):
+    """A decoder that rounds up the sides of a smaller frame, and so moves what it shows away from its joints."""
+    image = pytest.importorskip("PIL.Image", reason="needs pillow, the decoder of Penn Action's frames")
+    row, column = np.mgrid[:height, :width]
+    x, y = width - 20, height - 20
+    dot = 250 * np.exp(-((row - y) ** 2 + (column - x) ** 2) / 72)
+    image.fromarray(np.repeat(dot[..., None], 3, 2).astype(np.uint8)).save(tmp_path / "000001.jpg", quality=95)
+    for part in (2.3, 4.1, 8.2):
+        size = round(height / part), round(width / part)
+        frame = data.read_jpegs(tmp_path, np.array([0]), size, all_of(*size))[0, ..., 0].astype(float)
+        frame[frame < 20] = 0
+        found = [(frame * axis).sum() / frame.sum() for axis in np.mgrid[: size[0], : size[1]]]
+        expected = (y + 0.5) * size[0] / height - 0.5, (x + 0.5) * size[1] / width - 0.5
+        assert abs(np.subtract(found, expected)).max() < 0.1
+
+
 def test_bad_clips(penn):
     """A missing or damaged frame that crashes a worker, or a clip that silently vanishes from a test."""
     (penn / "frames" / "0002" / "000003.jpg").unlink()
@@ -1077,6 +1094,41 @@ def test_video_frames_are_counted_in_the_order_they_are_shown(tmp_path, ending):
         data.video_length(path)
 
 
+@pytest.mark.parametrize("turns", [1, 2, 3])
+def test_a_video_that_is_stored_on_its_side(tmp_path, turns):
+    """A phone's video whose frames do not stand upright, as its joints do."""
+    frames = np.full((3, 64, 96, 3), 20, np.uint8)
+    frames[:, :20, :30] = 230  # top left as stored
+    path = write_video(tmp_path / "phone.mp4", frames)
+    x, y = [(1, 0), (0, 1), (-1, 0), (0, -1)][turns]  # where the stored x axis points to, y down
+    matrix = struct.pack(">9i", x << 16, y << 16, 0, -y << 16, x << 16, 0, 0, 0, 1 << 30)
+    content = bytearray(path.read_bytes())
+    at = content.index(b"tkhd") + 44
+    content[at : at + 36] = matrix
+    path.write_bytes(content)
+    size = (96, 64) if turns % 2 else (64, 96)
+    video = data.read_video(path, np.arange(3), size, all_of(*size))
+    upright = np.rot90(frames, -turns, (1, 2)).astype(int)
+    assert video.shape == upright.shape and abs(video - upright).mean() < 5
+    crop = slice(10, 50), slice(4, 44)
+    assert np.array_equal(data.read_video(path, np.arange(3), size, crop), video[:, crop[0], crop[1]])
+
+
+def test_an_avi_that_declares_frames_it_does_not_have(tmp_path):
+    """The length of a header: dropped frames count there, and no decoder puts them out."""
+    av = pytest.importorskip("av", reason="needs av, the decoder of videos")
+    path = write_video(tmp_path / "full.avi", numbered(40), gop=8)
+    with av.open(str(path)) as old, av.open(str(tmp_path / "part.avi"), "w") as new:
+        stream = new.add_stream_from_template(old.streams.video[0])
+        for number, packet in enumerate(old.demux(video=0)):
+            if packet.size and number >= 16:
+                packet.stream = stream
+                new.mux(packet)
+    with av.open(str(tmp_path / "part.avi")) as container:
+        declared, left = container.streams.video[0].frames, sum(1 for _ in container.decode(video=0))
+    assert data.video_length(tmp_path / "part.avi") == left < declared
+
+
 def test_ntu(tmp_path, capsys):
     """Joints in the pixels of another size, clips paired wrongly, a missing list that is not read, wrong lengths."""
     dot = np.full((14, 108, 192, 3), 16, np.uint8)
@@ -1109,6 +1161,10 @@ def test_ntu(tmp_path, capsys):
     }
     assert source.missing == ["S003C001P001R001A001 has no video"] and len(source.joint_names) == 50
     assert len(source.annotate(source.clips["test"][0]).joints) == 12
+    again = write_video(roots[1] / "S001C001P001R001A001.mp4", dot[:, ::2, ::2])  # re-encoded, beside the original
+    assert data.ntu(roots, "ntu120-xsub").clips["train"][0].media[0] == again
+    again.unlink()
+    capsys.readouterr()
     path = roots[2] / data.NTU_LISTS[120].lower()
     path.write_text("Some prose.\nMore.\n\nS018C003P041R002A061\nS002C001P003R001A007\n")
     source = data.ntu(roots, "ntu60-xview")
@@ -1222,11 +1278,12 @@ def test_pyskl_pickles(tmp_path, protocol):
     two = entry("two.avi", persons=2)
     two["keypoint"][0, 2, 4], two["keypoint"][1, 5:] = np.nan, 0
     two["keypoint_score"][0, 0, 0] = 0
+    exchanged = np.ascontiguousarray(two["keypoint"].transpose(2, 0, 3, 1)).transpose(1, 3, 0, 2)  # the same, strided
+    assert np.array_equal(exchanged, two["keypoint"], equal_nan=True) and not exchanged.flags.c_contiguous
+    two["keypoint"] = exchanged
     annotations = [entry(long), two, entry("gone", label=5), entry("S001C001P001R001A001", n=1)]
-    content = {
-        "split": {"train": ["two.avi", long], "val": ["S001C001P001R001A001", "gone"]},
-        "annotations": annotations,
-    }
+    split = defaultdict(list, train={"two.avi", long}, val=["S001C001P001R001A001", "gone"])
+    content = {"split": split, "annotations": annotations}
     old_numpy = pickle.dumps(content, protocol)
     if protocol == 2:  # as numpy 1 names its modules
         old_numpy = old_numpy.replace(b"numpy._core", b"numpy.core")
@@ -1237,6 +1294,7 @@ def test_pyskl_pickles(tmp_path, protocol):
     assert source.missing == ["gone has no video"] and len(source.classes) == 6 and len(source.joint_names) == 34
     clip = source.clips["train"][1]
     assert clip.joints.shape == (8, 34, 2) and clip.joints.dtype == np.float32
+    assert np.array_equal(clip.joints[:, 17:], two["keypoint"][1])
     assert (
         not clip.visible[2, 4]
         and not clip.visible[0, 0]
@@ -1257,16 +1315,23 @@ def test_pyskl_pickles(tmp_path, protocol):
     lists[1].write_bytes(pickle.dumps([annotations[0] | {"frame_dir": f"{annotations[0]['frame_dir']}.mp4"}], protocol))
     with pytest.raises(data.DataError, match="1 clips are for training and test alike"):  # by another spelling
         data.pyskl([tmp_path], list(lists))
+    with pytest.raises(data.DataError, match="gym_hrnet.pkl: of two files"):  # whose clips would count twice
+        data.pyskl([tmp_path], [tmp_path / "gym_hrnet.pkl"] * 2)
     with pytest.raises(data.DataError, match="xsub_train.*'train', 'val'"):
         data.pyskl([tmp_path], [tmp_path / "gym_hrnet.pkl"], ("xsub_train", "xsub_val"))
     changes = (
         dict(keypoint=np.zeros((1, 8, 25, 3))), dict(keypoint=np.zeros((0, 8, 17, 2))), dict(label=-1),
-        dict(keypoint_score=np.ones(3)), dict(img_shape=(0, 5)),
+        dict(keypoint_score=np.ones(3)), dict(img_shape=(0, 5)), dict(img_shape=(60, 100, 3)),
+        dict(keypoint=np.zeros((8, 17, 2))),
     )  # fmt: skip
     bad = [entry(f"two {i}", **change) for i, change in enumerate(changes)]
     lists[0].write_bytes(pickle.dumps([*bad, annotations[1], annotations[1]], protocol))
     problems = data.pyskl([tmp_path], list(lists)).problems
-    assert len(problems) == 6 and problems[-1] == "two.avi: ValueError: it is there twice"
+    assert len(problems) == 8 and problems[-1] == f"{lists[0]}, two.avi: it is there twice"
+    assert "(60, 100, 3)" in problems[-3] and "(8, 17, 2)" in problems[-2]
+    write_video(tmp_path / "other" / "two.mp4", numbered(3))  # which of two videos is meant?
+    (problem,) = data.finegym([tmp_path]).problems
+    assert "other/two.mp4 and " in problem and "subactions/two.mp4 have one name" in problem
 
 
 class Gadget:
@@ -1329,6 +1394,9 @@ def test_check_of_a_data_set(penn):
         "000005.jpg",
     ):
         assert words in done.stdout
+    for roots, said in (([penn, penn / "labels"], "one folder"), ([penn / "nowhere"], "no folder")):
+        done = python(HERE / "data.py", "--data", "pennaction", "--root", *roots)
+        assert done.returncode == 1 and len(done.stderr.splitlines()) == 1 and said in done.stderr
     done = python(HERE / "data.py", "--data", "pennaction", "--root", penn / "labels")
     assert done.returncode == 1 and len(done.stderr.splitlines()) == 1 and "looked for" in done.stderr
 

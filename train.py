@@ -597,16 +597,16 @@ def build(options: argparse.Namespace, given: dict) -> tuple[Run, data.Source]:
     if source.problems:
         some = "\n".join(source.problems[:3])
         raise data.DataError(f"{len(source.problems)} clips cannot be used, `python data.py` names them all:\n{some}")
+    if source.missing and world.rank == 0:
+        print(
+            f"warning: {len(source.missing)} clips are left out: {'; '.join(source.missing[:3])} ...", file=sys.stderr
+        )
     if not test or not (train or options.eval):
         raise data.DataError(f"{options.data} has {train} training and {test} test clips there, which is not enough")
     names = [(clip.name, clip.label) for split in source.clips.values() for clip in split]
     clips = f"{train} training and {test} test clips, checksum {zlib.crc32(repr(names).encode()):08x}"
     if options.resume and saved["clips"] != clips:
         raise UsageError(f"{path} is of other clips: {saved['clips']}. Here are {clips}")
-    if source.missing and world.rank == 0:
-        print(
-            f"warning: {len(source.missing)} clips are left out: {'; '.join(source.missing[:3])} ...", file=sys.stderr
-        )
     settings, recipe = configure(options, given, source, saved, world)
 
     torch.manual_seed(recipe.seed)
