@@ -12,23 +12,28 @@ Every component of *Cross-Modal Learning with 3D Deformable Attention for Action
     R     joints of all persons         X     [Z | M_RGB | M_CLS], the queries    (B, T*(h*w + 2), D)
     L     transformer blocks            X_    X~ = [Z~ | M_RGB | M_CLS], keys and values
     k     kernel of 3DTS, the 3D token search; T~ = T - k + 1, h~ and w~ likewise
-    p     a position in tokens, ordered t, h, w
+    p     the reference points of 3DTS, in tokens, ordered t, h, w; it reads Z at p + delta p
     '     as in M'_CLS: the CLS token between 3D deformable attention and the fusion of both attentions' CLS
 
-Tokens keep the layout (B, T, N, D) between modules.
+Z, P and M keep the layout (B, T, N, D) between the modules of a block; only inside one are they flattened.
 
 Where the paper is silent, this file decides as follows (the README says why, where there is more to say):
   - trunk: R(2+1)D-18 without temporal strides and without layer4; F_a is layer1's output, F_b layer3's
-  - sigma is one cell of F_a; pose tokens carry no embedding of their own (`pose_embedding` adds one); a joint that is
-    absent is a constant token, attended to as any other
+  - a joint at pixel x lies at x / 2 on F_a, sigma is one cell of it; pose tokens carry no embedding of their own
+    (`pose_embedding` adds one); a joint that is absent is a constant token, attended to as any other
   - Z and P pass one LayerNorm where they are embedded; the attentions have none in front, as in Eq. (6)
-  - 3DTS: a depthwise convolution of kernel k and a pointwise one; offsets are tanh(.) * (k - 1) / 2 tokens
+  - 3DTS: a depthwise convolution of kernel k and a pointwise one, one search for all heads; p is the centre of what
+    the convolution sees, offsets are tanh(.) * (k - 1) / 2 tokens, Z is read by trilinear interpolation; on an axis
+    shorter than k, k is its length
   - the position embedding is a temporal plus a spatial table; MSA ends in a linear layer; an FFN is 4 * D wide inside
   - both stride attentions are the block of Eq. (6) and (7), too; the two M'_CLS are fused by one linear layer
   - stride windows are of equal size and attend within themselves; a token that lies in several gets the mean of its
     copies; the last window is moved back to fit
-  - every block has weights of its own; before the head, the modal tokens are averaged over T
-  - without modal tokens (Table 5) the head gets the mean RGB token and the mean pose token, side by side
+  - every block has weights of its own; the head is one linear layer on the modal tokens' mean over T; no dropout
+  - Table 4: an attention that is absent is passed by, and where 3D deformable or joint attention is, M'_CLS is not
+    fused; row 2 never looks at the joints, its M_pose is the same for every clip
+  - Table 5: a single token stands for M_RGB, M_CLS and M_pose alike; without any, the head gets the mean RGB token and
+    the mean pose token, side by side
 """
 
 from dataclasses import dataclass, field, fields
@@ -43,10 +48,10 @@ from torch import Tensor
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def conv2plus1d(inputs: int, middle: int, outputs: int, stride: int = 1) -> nn.Sequential:
-    """A 3 x 3 x 3 convolution factored into space, then time; `stride` is spatial, all frames stay."""
+def conv2plus1d(inputs: int, middle: int, outputs: int, stride: int = 1, k: int = 3) -> nn.Sequential:
+    """A 3 x k x k convolution factored into space, then time; `stride` is spatial, all frames stay."""
     return nn.Sequential(
-        nn.Conv3d(inputs, middle, (1, 3, 3), stride=(1, stride, stride), padding=(0, 1, 1), bias=False),
+        nn.Conv3d(inputs, middle, (1, k, k), stride=(1, stride, stride), padding=(0, k // 2, k // 2), bias=False),
         nn.BatchNorm3d(middle),
         nn.ReLU(inplace=True),
         nn.Conv3d(middle, outputs, (3, 1, 1), padding=(1, 0, 0), bias=False),
@@ -58,19 +63,18 @@ class ResidualBlock(nn.Module):
 
     def __init__(self, inputs: int, outputs: int, stride: int):
         super().__init__()
-        middle = inputs * outputs * 27 // (inputs * 9 + outputs * 3)  # conv1 has the weights of a full 3 x 3 x 3
+        middle = inputs * outputs * 27 // (inputs * 9 + outputs * 3)  # conv1 has as many weights as a full 3 x 3 x 3
         self.conv1 = nn.Sequential(
             conv2plus1d(inputs, middle, outputs, stride), nn.BatchNorm3d(outputs), nn.ReLU(inplace=True)
         )
         self.conv2 = nn.Sequential(conv2plus1d(outputs, middle, outputs), nn.BatchNorm3d(outputs))
-        self.downsample = None
+        self.downsample = nn.Identity()
         if stride != 1 or inputs != outputs:
             shortcut = nn.Conv3d(inputs, outputs, 1, stride=(1, stride, stride), bias=False)
             self.downsample = nn.Sequential(shortcut, nn.BatchNorm3d(outputs))
 
     def forward(self, x: Tensor) -> Tensor:
-        shortcut = x if self.downsample is None else self.downsample(x)
-        return F.relu(self.conv2(self.conv1(x)) + shortcut)
+        return F.relu(self.conv2(self.conv1(x)) + self.downsample(x))
 
 
 class Trunk(nn.Module):
@@ -83,14 +87,7 @@ class Trunk(nn.Module):
     def __init__(self, C: int = 64):
         super().__init__()
         middle = max(1, 45 * C // 64)
-        self.stem = nn.Sequential(
-            nn.Conv3d(3, middle, (1, 7, 7), stride=(1, 2, 2), padding=(0, 3, 3), bias=False),
-            nn.BatchNorm3d(middle),
-            nn.ReLU(inplace=True),
-            nn.Conv3d(middle, C, (3, 1, 1), padding=(1, 0, 0), bias=False),
-            nn.BatchNorm3d(C),
-            nn.ReLU(inplace=True),
-        )
+        self.stem = nn.Sequential(*conv2plus1d(3, middle, C, stride=2, k=7), nn.BatchNorm3d(C), nn.ReLU(inplace=True))
         self.layer1 = nn.Sequential(ResidualBlock(C, C, 1), ResidualBlock(C, C, 1))
         self.layer2 = nn.Sequential(ResidualBlock(C, 2 * C, 2), ResidualBlock(2 * C, 2 * C, 1))
         self.layer3 = nn.Sequential(ResidualBlock(2 * C, 4 * C, 2), ResidualBlock(4 * C, 4 * C, 1))
@@ -127,14 +124,14 @@ def joint_heatmaps(joints: Tensor, visible: Tensor, size: tuple[int, int], strid
     return column[..., :, None] * row[..., None, :]  # Eq. (2): the exponential of a sum
 
 
-def joint_tokens(F_a: Tensor, joints: Tensor, visible: Tensor, sigma: float, stride: int = 2) -> Tensor:
+def joint_tokens(F_a: Tensor, joints: Tensor, visible: Tensor, sigma: float) -> Tensor:
     """Eq. (1): for each joint the sum over the map of F_a times the joint's Gaussian, not normalised.
 
     F_a (B, C, T, H/2, W/2), joints and visible as in `joint_heatmaps` -> (B, T, R, C), float32 or wider.
     """
     with torch.autocast(F_a.device.type, enabled=False):  # positions and sums over a map need float32
         F_a = F_a.to(torch.promote_types(F_a.dtype, torch.float32))
-        heatmaps = joint_heatmaps(joints.to(F_a.dtype), visible, F_a.shape[-2:], stride, sigma)
+        heatmaps = joint_heatmaps(joints.to(F_a.dtype), visible, F_a.shape[-2:], 2, sigma)  # of H/2, W/2
         return torch.einsum("bcthw, btrhw -> btrc", F_a, heatmaps)  # Eq. (1)
 
 
@@ -215,7 +212,7 @@ class TokenSearch(nn.Module):
         self.conv = nn.Conv3d(D, D, kernel, groups=D)
         self.norm = nn.LayerNorm(D)
         self.offset = nn.Linear(D, 3)  # a pointwise Conv3D
-        self.register_buffer("reference", reference_points(grid, kernel), persistent=False)  # p (T~, h~, w~, 3)
+        self.register_buffer("reference", reference_points(grid, kernel)[None], persistent=False)  # (1, T~, h~, w~, 3)
         self.register_buffer("reach", torch.tensor([(n - 1) / 2 for n in kernel]), persistent=False)  # (3,)
 
     def points(self, Z: Tensor) -> Tensor:
@@ -357,10 +354,9 @@ class Settings:
 
     def __post_init__(self):
         check_types(self)
-        for name in ("classes", "joints", "frames", "height", "width", "channels", "blocks", "heads", "kernel",
-                     "sigma", "joint_window", "joint_stride", "temporal_window", "temporal_stride"):  # fmt: skip
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive, not {getattr(self, name)}")
+        for name, value in vars(self).items():
+            if not isinstance(value, bool) and name != "modal_tokens" and not value > 0:
+                raise ValueError(f"{name} must be positive, not {value}")
         if 4 * self.channels % self.heads:
             raise ValueError(f"D = 4 * channels = {4 * self.channels} does not divide by heads = {self.heads}")
         if self.kernel < 2:
@@ -369,13 +365,11 @@ class Settings:
             raise ValueError(f"modal_tokens must be 3, 1 or 0 (Table 5), not {self.modal_tokens}")
         if not (self.deformable_attention or self.temporal_attention):
             raise ValueError("without deformable_attention and temporal_attention no attention sees the RGB tokens")
-        for axis, length, used in (
-            ("joint", self.joints, self.joint_attention),
-            ("temporal", self.frames, self.temporal_attention),
-        ):
-            window, stride = getattr(self, f"{axis}_window"), getattr(self, f"{axis}_stride")
+        for axis, total in (("joint", "joints"), ("temporal", "frames")):
+            window, stride, length = (getattr(self, name) for name in (f"{axis}_window", f"{axis}_stride", total))
+            used = getattr(self, f"{axis}_attention")
             if used and window > length:
-                raise ValueError(f"{axis}_window = {window} is larger than the {length} there are")
+                raise ValueError(f"{axis}_window = {window} is larger than {total} = {length}")
             if used and stride > window:
                 raise ValueError(f"{axis}_stride = {stride} is larger than {axis}_window = {window} and leaves gaps")
 
@@ -430,11 +424,11 @@ class Block(nn.Module):
 class D3T(nn.Module):
     """The 3D deformable transformer (Fig. 2a).
 
-    video    (B, 3, T, H, W) uint8; a float video is taken as it is, so normalise it with `mean` and `std` before
+    video    (B, 3, T, H, W) uint8; a float video is taken as it is: (v - model.mean) / model.std, v from 0 to 255
     joints   (B, T, R, 2) float, x then y, in pixels of the video
     visible  (B, T, R) bool; the coordinates of a joint that is not visible have no effect
     returns  logits (B, classes)
-    raises   ValueError where a shape differs from the settings, or a type from these
+    raises   ValueError where a shape differs from the settings, or a type from the above
     """
 
     def __init__(self, settings: Settings):
@@ -460,8 +454,8 @@ class D3T(nn.Module):
         self.head = nn.Linear((s.modal_tokens or 2) * D, s.classes)
 
         mean, std = torch.tensor([0.432, 0.395, 0.376]), torch.tensor([0.228, 0.221, 0.217])  # of Kinetics-400
-        self.register_buffer("mean", mean.view(3, 1, 1, 1) * 255, persistent=False)
-        self.register_buffer("std", std.view(3, 1, 1, 1) * 255, persistent=False)
+        self.register_buffer("mean", mean.view(1, 3, 1, 1, 1) * 255, persistent=False)
+        self.register_buffer("std", std.view(1, 3, 1, 1, 1) * 255, persistent=False)
         self.initialize_weights()
 
     def initialize_weights(self):
@@ -503,7 +497,7 @@ class D3T(nn.Module):
                 P = P + self.position_p
 
         # Cross-modal tokens (Sec. 3.2)
-        M = Z[:, :, :0] if self.modal is None else self.modal.expand(len(Z), -1, -1, -1)  # (B, T, 3, D)
+        M = Z[:, :, :0] if self.modal is None else self.modal.expand(Z.shape[0], -1, -1, -1)  # (B, T, 3, D)
         for block in self.blocks:
             Z, P, M = block(Z, P, M)
 
@@ -512,7 +506,7 @@ class D3T(nn.Module):
         return self.head(torch.cat([Z.mean((1, 2)), P.mean((1, 2))], dim=-1))  # Table 5, "No tokens"
 
     def check(self, video: Tensor, joints: Tensor, visible: Tensor):
-        s, B = self.settings, len(video)
+        s, B = self.settings, video.shape[0]
         for name, tensor, expected in (
             ("video", video, (B, 3, s.frames, s.height, s.width)),
             ("joints", joints, (B, s.frames, s.joints, 2)),
@@ -520,7 +514,7 @@ class D3T(nn.Module):
         ):
             if tuple(tensor.shape) != expected:
                 raise ValueError(f"{name} has shape {tuple(tensor.shape)}, the settings ask for {expected}")
-        if video.dtype not in (torch.uint8, self.mean.dtype):
+        if video.dtype not in (torch.uint8, self.mean.dtype) and not torch.is_autocast_enabled(video.device.type):
             raise ValueError(f"video must be uint8, or {self.mean.dtype} as the weights are, not {video.dtype}")
         if visible.dtype != torch.bool:
             raise ValueError(f"visible must be bool, not {visible.dtype}")
@@ -575,38 +569,37 @@ def explain(model: D3T, video: Tensor, joints: Tensor, visible: Tensor) -> Expla
     watched = [module for module in model.modules() if isinstance(module, (AttentionBlock, TokenSearch))]
     hooks = [module.register_forward_pre_hook(remember) for module in watched]
     try:
-        logits = model(video, joints, visible)
+        logits = model.forward(video, joints, visible)  # not a compiled call, whose graph would pass the hooks by
     finally:
         for hook in hooks:
             hook.remove()
 
+    def given_by_modal(attention, frames, modal):
+        """Weights (B, queries, m) of the last tokens of each frame, or of all its tokens where modal is 0."""
+        X, X_ = went_in[attention]
+        return attention.attention_map(X.unflatten(1, (frames, -1))[:, :, -modal:].flatten(1, 2), X_)
+
     s, maps = model.settings, {name: [] for name in ("points", "selected", "tokens", "joints", "frames")}
-    B, T = len(video), s.frames
+    B, T, two = len(video), s.frames, min(s.modal_tokens, 2)
     for block in model.blocks:
         if block.deformable is not None:
-            search, attention = block.deformable.search, block.deformable.attention
-            X, X_ = went_in[attention]
-            queries = X.unflatten(1, (T, -1))[:, :, -min(s.modal_tokens, 2) :].flatten(1, 2)  # [M_RGB, M_CLS]
-            points = search.points(*went_in[search])
-            selected = attention.attention_map(queries, X_).mean(1)[:, : points.shape[1:-1].numel()]
-            selected = selected.view(points.shape[:-1])  # (B, T~, h~, w~)
+            points = block.deformable.search.points(*went_in[block.deformable.search])
+            given = given_by_modal(block.deformable.attention, T, two).mean(1)  # by [M_RGB, M_CLS]
+            selected = given[:, : points.shape[1:-1].numel()].view(points.shape[:-1])  # (B, T~, h~, w~)
             maps["points"].append(points)
             maps["selected"].append(selected)
             maps["tokens"].append(place_back(selected, points, s.grid))
         if block.joint is not None:
-            index, attention = block.joint.index, block.joint.attention
-            n, window = index.shape
-            X = went_in[attention][0]  # (B*n, T*(window + 2), D)
-            queries = X.unflatten(1, (T, -1))[:, :, -min(s.modal_tokens, 2) :].flatten(1, 2)  # [M'_CLS, M_pose]
-            given = attention.attention_map(queries, X).mean(1).view(B, n, T, -1)[..., :window]  # (B, n, T, window)
-            maps["joints"].append(mean_of_windows(given, index, dim=2, length=s.joints))
+            n, window = block.joint.index.shape
+            given = given_by_modal(block.joint.attention, T, two).mean(1)  # by [M'_CLS, M_pose]
+            given = given.view(B, n, T, -1)[..., :window]  # (B, n, T, window)
+            maps["joints"].append(mean_of_windows(given, block.joint.index, dim=2, length=s.joints))
         if block.temporal is not None:
-            index, attention = block.temporal.index, block.temporal.attention
+            index = block.temporal.index
             n, window = index.shape
-            X = went_in[attention][0]  # (B*n, window*N, D)
-            queries = X.unflatten(1, (window, -1))[:, :, -s.modal_tokens :].flatten(1, 2)  # M, last in a frame
-            given = attention.attention_map(queries, X).view(B, n, window, -1, window, X.shape[1] // window)
-            given = given.mean(3).sum(-1)  # (B, n, window, window), from frame to frame
+            given = given_by_modal(block.temporal.attention, window, s.modal_tokens)  # by M
+            given = given.unflatten(2, (window, -1)).sum(-1)  # (B*n, queries, window), to each frame
+            given = given.unflatten(1, (window, -1)).mean(2).view(B, n, window, window)  # from frame to frame
             rows = given.new_zeros(B, n, window, T)
             rows = rows.scatter(3, index[None, :, None].expand_as(given), given)  # (B, n, window, T)
             maps["frames"].append(mean_of_windows(rows, index, dim=1, length=T))

@@ -312,7 +312,7 @@ def penn_action(roots: list[Path]) -> Source:
     need("scipy.io", "scipy", "to read the labels of Penn Action")
     need("PIL.Image", "pillow", "to read the frames of Penn Action")
     root = roots[0]
-    labels = sorted((root / "labels").glob("[0-9]*.mat"))
+    labels = sorted((root / "labels").glob("[!.]*.mat"))
     if not labels or not (root / "frames").is_dir():
         raise DataError(
             f"no Penn Action in {root}: looked for {root}/labels/0001.mat and {root}/frames/0001/000001.jpg. "

@@ -599,6 +599,8 @@ def test_inputs_that_do_not_fit():
         assert all(str(word) in str(error.value) for word in (name, found, expected))
     with pytest.raises(ValueError, match="bool"):  # 2 for visible, as in COCO, would count as hidden
         model(video, joints, 2 * visible.to(torch.uint8))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model(video.bfloat16(), joints, visible).isfinite().all()
     for other in (video.double(), video.int()):
         with pytest.raises(ValueError, match="uint8, or torch.float32"):
             model(other, joints, visible)
@@ -695,6 +697,15 @@ def test_one_graph_for_the_compiler():
     model = D3T(s).eval()
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     close(compiled(*clip_for(s)), model(*clip_for(s)), 1e-5)
+    with torch.no_grad():
+        expected = model(*clip_for(s))
+        model.compile(backend="eager")  # whose graph knows no hooks
+        close(model(*clip_for(s)), expected, 1e-5)
+        close(model.explain(*clip_for(s)).logits, expected, 1e-5)
+    model = D3T(s).eval().to(memory_format=torch.channels_last_3d)  # a buffer of four axes would refuse
+    any_batch = torch.export.export(model, clip_for(s), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},) * 3).module()
+    three = [torch.cat([x, x[:1]]) for x in clip_for(s)]
+    close(any_batch(*three), model(*three), 1e-5)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -854,6 +865,7 @@ def penn(tmp_path):
 
 def test_penn_action(penn):
     """Unsigned coordinates that wrap, one-based pixels, placeholder joints seen, spellings, the official split."""
+    (penn / "labels" / "._0001.mat").write_bytes(b"left there by macOS")
     source = data.penn_action([penn])
     assert not source.problems and source.classes == sorted(source.classes) and len(source.classes) == 15
     assert [len(source.clips[split]) for split in ("train", "test")] == [60, 60]

@@ -611,12 +611,9 @@ def build(options: argparse.Namespace, given: dict) -> tuple[Run, data.Source]:
 
     torch.manual_seed(recipe.seed)
     try:
-        model = D3T(settings).to(world.device)
+        model = D3T(settings).to(world.device, memory_format=torch.channels_last_3d)  # faster convolutions
     except (RuntimeError, MemoryError) as error:  # too large
         raise UsageError(f"a model of these settings cannot be made: {first_line(error)}") from None
-    for module in model.modules():  # the layout in which convolutions are faster, and that of their gradients
-        if isinstance(module, torch.nn.Conv3d):
-            module.to(memory_format=torch.channels_last_3d)
     if options.checkpointing:
         for block in model.blocks:
             block.forward = functools.partial(torch.utils.checkpoint.checkpoint, block.forward, use_reentrant=False)

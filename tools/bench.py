@@ -65,11 +65,11 @@ class Run:
     def __init__(self, s: Settings, device, amp="off", plain=False, layout=True, compiled=False, checkpoints=False):
         torch.manual_seed(0)
         self.model, self.device, self.amp = D3T(s).to(device), device, amp
+        if layout and not plain:
+            self.model.to(memory_format=torch.channels_last_3d)
         for module in self.model.modules():
             if isinstance(module, d3t.TokenSearch):  # as if trained: the points lie between the tokens
                 nn.init.normal_(module.offset.weight, std=0.02)
-            if isinstance(module, nn.Conv3d) and layout and not plain:
-                module.to(memory_format=torch.channels_last_3d)
             if isinstance(module, Block) and checkpoints:  # as train.py --checkpointing
                 module.forward = partial(checkpoint, module.forward, use_reentrant=False)
         self.net = Plain(self.model) if plain else self.model
@@ -533,7 +533,7 @@ def package(s: Settings, options: argparse.Namespace):
     ours.search.conv.to(memory_format=torch.channels_last_3d)
     Z = torch.randn(1, *s.grid, D, device=device, requires_grad=True)
     nets = {"ours": lambda: ours.attention.msa(Z.flatten(1, 3), ours.search(Z).flatten(1, 3))}
-    pairs = {"ours": prod(s.grid) * prod(ours.search.reference.shape[:3]) / 1e6}
+    pairs = {"ours": prod(s.grid) * prod(ours.search.reference.shape[1:4]) / 1e6}
     try:
         from deformable_attention import DeformableAttention3D
 
