@@ -74,7 +74,8 @@ class ResidualBlock(nn.Module):
             self.downsample = nn.Sequential(shortcut, nn.BatchNorm3d(outputs))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.relu(self.conv2(self.conv1(x)) + self.downsample(x))
+        shortcut = self.downsample(x)
+        return F.relu(self.conv2(self.conv1(x)) + shortcut)
 
 
 class Trunk(nn.Module):
