@@ -7,6 +7,7 @@ numpy arrays, name every token, and share no code with the model. The model has 
 import argparse
 import copy
 import dataclasses
+import errno
 import functools
 import io
 import itertools
@@ -1927,7 +1928,9 @@ def test_learning_rate():
     recipe = train.Recipe(epochs=90, warmup=5.0, lr=1.0)
     assert train.learning_rate(recipe, 2.5) == 0.5 and train.learning_rate(recipe, 5) == 1.0
     assert abs(train.learning_rate(recipe, 47.5) - 0.5) < 1e-12 and train.learning_rate(recipe, 90) < 1e-12
-    assert train.learning_rate(train.Recipe(epochs=1, warmup=1.0, lr=1.0), 0.75) == 0.75
+    assert train.learning_rate(train.Recipe(epochs=2, warmup=1.0, lr=1.0), 0.75) == 0.75
+    with pytest.raises(ValueError, match="warmup = 5.0 is not less than epochs = 5"):  # it would end at the peak
+        train.Recipe(epochs=5)
     assert train.learning_rate(recipe, 60.1) < train.learning_rate(recipe, 60.0)
 
 
@@ -2318,6 +2321,44 @@ def test_a_full_disk(faulty):
     assert status == 1 and "last.pt cannot be written" in printed.splitlines()[-1] and "Traceback" not in printed
     assert "OSError" in printed.splitlines()[-1]  # what torch.save makes of it says nothing about a disk
     assert (faulty.run / "last.pt").read_bytes() == before and not (faulty.run / "last.tmp").exists()
+
+
+@pytest.mark.parametrize("always", [False, True])
+def test_gradients_that_overflow(always, fit, tmp_path, monkeypatch):
+    """With fp16: a step that is skipped ends the run, or a run that skips all steps goes on and nobody is told."""
+    scaler, backward = torch.amp.GradScaler, train.backward
+
+    def spoiled(run, batches):
+        loss = backward(run, batches)
+        if always or run.progress.step == 3:
+            run.model.head.weight.grad[0, 0] = torch.inf
+        return loss
+
+    monkeypatch.setattr(train, "backward", spoiled)
+    monkeypatch.setattr(torch.amp, "GradScaler", lambda device, enabled: scaler(device))  # on a CPU, too
+    status, printed = fit("--epochs 10 --save-every 1000")
+    if always:
+        assert status == 1 and "train.py: the gradient is not finite" in printed
+        assert checkpoint(tmp_path / "run")["progress"]["step"] == 30  # after which the scale is too small
+    else:
+        assert status == 0 and checkpoint(tmp_path / "run")["scaler"]["scale"] == 2**15
+
+
+def test_a_file_system_without_locks(fit, monkeypatch):
+    """No run at all on a disk that cannot lock, as if another run were at work there."""
+
+    def lockf(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(train.fcntl, "lockf", lockf)
+    assert fit("--stop-after 1")[0] == 0
+
+
+def test_resuming_what_is_at_its_end(fit, tmp_path):
+    """A step beyond --stop-after; a batch that a preset takes back."""
+    assert fit("--stop-after 2 --accumulate 4")[0] == 0
+    status, printed = fit("--resume --preset tiny --stop-after 2")
+    assert status == 0 and "stopped after step 2" in printed and "accumulate=4" in printed
 
 
 @pytest.mark.parametrize("then", ["", "unexpected pos"])

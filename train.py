@@ -77,6 +77,8 @@ class Recipe:
         for name in ("warmup", "weight_decay", "seed"):
             if not 0 <= getattr(self, name) < 2**63:
                 raise ValueError(f"{name} must be 0 or more and less than 2^63, not {getattr(self, name)}")
+        if self.warmup >= self.epochs:
+            raise ValueError(f"warmup = {self.warmup} is not less than epochs = {self.epochs}")
         if self.hide not in ("none", "joints", "video"):
             raise ValueError(f"hide must be none, joints or video, not {self.hide}")
 
@@ -272,6 +274,8 @@ def backward(run: Run, batches: list[dict]) -> torch.Tensor:
 def train_one_epoch(run: Run, dataset: data.Dataset) -> bool:
     """Train on what is left of the epoch; False if the run was asked to stop before its end."""
     world, recipe, progress = run.world, run.recipe, run.progress
+    if progress.step >= run.options.stop_after:  # it was reached before
+        return False
     run.net.train()
     batches = training_batches(len(dataset), recipe, progress.epoch, progress.seen, world)
     loader = iter(load_batches(dataset, batches, run.options.workers, world.device))
@@ -284,24 +288,26 @@ def train_one_epoch(run: Run, dataset: data.Dataset) -> bool:
         disable=world.rank > 0 or None,  # None: only where somebody watches
     )
     begin = time.time() - progress.seconds
-    pending, finite = [], math.nan  # loss, norm and clips of steps that are not known to be sound; the loss before them
+    pending, finite = [], ""  # loss, norm and clips of steps that are not known to be sound; the loss before them
 
     def check():
         """All processes stop where the loss of one of them was not finite. Only here a process waits for its device."""
         nonlocal finite
         values = torch.stack([value for value, _ in pending]).tolist() if pending else []
+        scaled = run.scaler.is_enabled() and run.scaler.get_scale() >= 2**-14  # less: it skipped 30 steps in a row
         for (loss, norm), (_, clips) in zip(values, pending):
-            sound = math.isfinite(loss) and (math.isfinite(norm) or run.scaler.is_enabled())  # fp16 skips such a step
+            sound = math.isfinite(loss) and (math.isfinite(norm) or scaled)  # fp16 skips such a step
             unsound, total = world.sum([not sound, loss]).tolist()
             if unsound:
                 parts = world.gather([(loss, clips)])
                 blamed = [part for part in parts if not math.isfinite(part[0])]
                 names = ", ".join(name for _, clips in blamed or parts for name in clips)  # a gradient is that of all
                 raise RunError(
-                    f"the {'loss' if blamed else 'gradient'} is not finite, at a step on {names}. The last finite "
-                    f"loss was {finite:.4f}; the last checkpoint stays"
+                    f"the {'loss' if blamed else 'gradient'} is not finite, at a step on {names}{finite}. A checkpoint "
+                    "that was written before stays"
                 )
-            finite, progress.loss = loss, progress.loss + recipe.batch * total / world.size
+            finite = f". The last finite loss was {total / world.size:.4f}"
+            progress.loss += recipe.batch * total / world.size
         if pending and progress.step % 10 == 0:
             progress.losses.append(round(total / world.size, 4))
             bar.set_postfix(loss=f"{progress.losses[-1]:.3f}", refresh=False)
@@ -372,6 +378,8 @@ def evaluate(run: Run, dataset: data.Dataset) -> dict:
         desc="testing", unit="batch", leave=False, disable=world.rank > 0 or None,
     ):  # fmt: skip
         if run.signal:  # the epoch was saved before its test
+            if world.rank == 0:
+                print("stopped in a test; go on with --resume")
             raise SystemExit(128 + run.signal)
         video, joints, visible, label = inputs(batch, world.device)
         with run.autocast():
@@ -397,16 +405,15 @@ def claim(options: argparse.Namespace) -> bool:
     folder, last = options.out, options.out / "last.pt"
     # torchrun starts the first time, too, with the command that it starts again with
     if options.resume and not last.exists() and not RESTARTS:
-        raise UsageError(f"--resume: there is no {last}")
-    if folder.exists() and not folder.is_dir():
-        raise UsageError(f"--out {folder} is not a folder")
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = os.open(folder / "lock", os.O_CREAT | os.O_WRONLY, 0o666)  # closed by the end of the process alone
-    try:
-        if "fcntl" in globals():
+        raise UsageError(f"--resume: there is no {last}; a run that has not saved yet starts without --resume")
+    with blame(f"--out {folder}"):
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = os.open(folder / "lock", os.O_CREAT | os.O_WRONLY, 0o666)  # closed by the end of the process alone
+    with suppress(NameError, OSError):  # Windows, or a file system without locks
+        try:
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not inherited by loading processes
-    except OSError as error:  # or the file system has no locks
-        raise UsageError(f"another run is at work in {folder}: use another --out ({error.strerror})") from None
+        except (BlockingIOError, PermissionError):
+            raise UsageError(f"another run is at work in {folder}: use another --out") from None
     resume = options.resume and last.exists()
     if not (resume or options.overwrite) and any((folder / name).exists() for name in FILES):
         raise UsageError(f"{folder} holds a run: --resume goes on with it, --overwrite starts anew, or use --out")
@@ -429,23 +436,19 @@ def save_checkpoint(run: Run, name: str):
         "clips": run.clips,
     }
     beside, buffer = path.with_suffix(".tmp"), io.BytesIO()
+    torch.save(state, buffer)  # not to the file: left halfway, torch writes on when it is closed, and aborts
     try:
-        torch.save(state, buffer)  # not to the file: left halfway, torch writes on when it is closed, and aborts
         with beside.open("wb") as file:
             file.write(buffer.getbuffer())
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, path)
-    except (OSError, RuntimeError) as error:  # the disk is full, or a loading process was killed just now
+    except OSError as error:  # the disk is full
         beside.unlink(missing_ok=True)
-        while error.__context__:  # torch.save and `close`, when they are left halfway, have errors of their own
-            error = error.__context__
-        if "DataLoader worker" in str(error):
-            raise error from None
-        raise RunError(f"{path} cannot be written, the one before it stays: {first_line(error)}") from None
+        raise RunError(f"{path} cannot be written, the one before it stays: {one_line(error)}") from None
 
 
-def first_line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
     return f"{type(error).__name__} {' '.join(str(error).split())[:300]}"
 
 
@@ -459,7 +462,7 @@ def blame(what: str):
     except pickle.UnpicklingError:  # whose text is an advice to trust the file
         raise UsageError(f"{what}: it holds something other than tensors and plain values, or is damaged") from None
     except Exception as error:
-        raise UsageError(f"{what}: {first_line(error)}") from None
+        raise UsageError(f"{what}: {one_line(error)}") from None
 
 
 def load_checkpoint(path: Path) -> dict:
@@ -504,26 +507,22 @@ def parse_args(words: list[str] | None) -> tuple[argparse.Namespace, dict]:
     group = parser.add_argument_group("data")
     data.add_flags(group)
     add = group.add_argument
-    text = "processes that load clips, for each training process [2; synthetic 1]"
-    add("--workers", type=int, metavar="N", help=text)
+    add("--workers", type=int, metavar="N", help="processes that load clips, for each rank [2; synthetic 1]")
 
     add = parser.add_argument_group("run").add_argument
     add("--preset", choices=PRESETS, help="the defaults of training and model [paper; for synthetic clips tiny]")
     add("--out", type=Path, metavar="DIR", help="folder of the run [runs/DATA]")
     add("--resume", action="store_true", help="go on with the run in that folder")
     add("--overwrite", action="store_true", help="start anew in a folder that holds a run")
-    text = "steps after which last.pt is written in an epoch [500]"
-    add("--save-every", type=int, default=500, metavar="N", help=text)
-    text = "steps after which to stop as Ctrl-C would, to be resumed [never]"
-    add("--stop-after", type=int, default=math.inf, metavar="N", help=text)
+    add("--save-every", type=int, default=500, metavar="N", help="steps between two last.pt in an epoch [500]")
+    add("--stop-after", type=int, default=math.inf, metavar="N", help="stop at this step, as by Ctrl-C [never]")
     add("--eval", type=Path, metavar="CKPT", help="only test this checkpoint")
     text = "start the trunk from torchvision's r2plus1d_18 weights; a run that goes on has its own"
     add("--weights", type=Path, metavar="PATH", help=text)
     add("--device", choices=("cpu", "cuda"), help="[cuda where there is one]")
     add("--amp", choices=("off", "bf16", "fp16"), help="mixed precision [fp16 with CUDA, off without]")
     add("--compile", action="store_true", help="torch.compile the training step")
-    text = "compute the blocks again in the backward pass, which takes less memory and more time"
-    add("--checkpointing", action="store_true", help=text)
+    add("--checkpointing", action="store_true", help="compute the blocks again in the backward pass, to save memory")
 
     for title, kind in (("training", Recipe), ("model", Settings)):
         add = parser.add_argument_group(title, kind.__doc__).add_argument
@@ -531,7 +530,8 @@ def parse_args(words: list[str] | None) -> tuple[argparse.Namespace, dict]:
             if f.name in ("classes", "joints"):
                 continue  # the data set knows
             defaults = [str(f.default)] + [f"{name} {p[f.name]}" for name, p in PRESETS.items() if f.name in p]
-            how = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type, "metavar": "N"}
+            how = {"type": f.type, "metavar": "WHAT" if f.type is str else "N"}
+            how = {"action": argparse.BooleanOptionalAction} if f.type is bool else how
             text = f"{f.metadata['help']} [{'; '.join(defaults)}]"
             add("--" + f.name.replace("_", "-"), **how, default=argparse.SUPPRESS, help=text)
 
@@ -543,7 +543,7 @@ def parse_args(words: list[str] | None) -> tuple[argparse.Namespace, dict]:
     synthetic = options.data == "synthetic"
     options.out = options.out or Path("runs", options.data)
     if options.resume and options.preset:  # asks for all that it fixes, so that a clash with the run is found
-        given = preset(options.preset) | given
+        given = {k: v for k, v in preset(options.preset).items() if k not in ("batch", "accumulate")} | given
     options.preset = options.preset or ("tiny" if synthetic else "paper")
     options.workers = (1 if synthetic else 2) if options.workers is None else options.workers
     options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -611,9 +611,10 @@ def build(options: argparse.Namespace, given: dict) -> tuple[Run, data.Source]:
 
     torch.manual_seed(recipe.seed)
     try:
-        model = D3T(settings).to(world.device, memory_format=torch.channels_last_3d)  # faster convolutions
+        model = D3T(settings)
     except (RuntimeError, MemoryError) as error:  # too large
-        raise UsageError(f"a model of these settings cannot be made: {first_line(error)}") from None
+        raise UsageError(f"a model of these settings cannot be made: {one_line(error)}") from None
+    model.to(world.device, memory_format=torch.channels_last_3d)  # in which convolutions are faster
     if options.checkpointing:
         for block in model.blocks:
             block.forward = functools.partial(torch.utils.checkpoint.checkpoint, block.forward, use_reentrant=False)
@@ -697,9 +698,8 @@ def fit(run: Run, train: data.Dataset, test: data.Dataset) -> int:
             save_checkpoint(run, "best.pt")
         save_checkpoint(run, "last.pt")
     if world.rank == 0:
-        print(
-            f"best top-1 {progress.best:.2%}, {time.time() - begin:.0f} s; checkpoints and log.jsonl in {options.out}"
-        )
+        took = time.time() - begin
+        print(f"best top-1 {progress.best:.2%}, {took:.0f} s; checkpoints and log.jsonl in {options.out}")
     return 0
 
 
@@ -712,21 +712,25 @@ def main(words: list[str] | None = None) -> int:
             data.Dataset(source, split, s.frames, s.height, s.width, run.recipe.seed, run.recipe.hide)
             for split in ("train", "test")
         )
-        if not options.eval:
-            return fit(run, train, test)
-        result = evaluate(run, test)
-        if run.world.rank == 0:
-            print(json.dumps(result))
-        return 0
+        if options.eval:
+            status, result = 0, evaluate(run, test)
+            if run.world.rank == 0:
+                print(json.dumps(result))
+        else:
+            status = fit(run, train, test)
+        if run.world.size > 1:  # not after an error: with NCCL it would wait for the other ranks, and they for this one
+            dist.destroy_process_group()
+        return status
     except (RuntimeError, ConnectionResetError, ConnectionRefusedError, EOFError) as error:
-        # a dying loading process closes its connections before torch sees that it is gone
-        if "DataLoader worker" in str(error) or not isinstance(error, RuntimeError):
+        # A dying loading process closes its connections before torch sees that it is gone, and `torch.save`, which is
+        # left halfway, may have an error of its own on top.
+        if "DataLoader worker" in f"{error} {error.__context__}" or not isinstance(error, RuntimeError):
             lost = "lost a loading process, perhaps to a lack of memory"
         elif isinstance(error, dist.DistError) or "gloo" in str(error):
             lost = f"rank {os.environ.get('RANK')} lost another one"
         else:
             raise
-        sys.stderr.write(f"train.py: {lost}: {first_line(error)}\n")
+        sys.stderr.write(f"train.py: {lost}: {one_line(error)}\n")
         return 1
     except (UsageError, RunError, data.DataError, OSError) as error:
         reason = str(error).strip().split("\ndata.BadClip: ")[-1]  # a loading process wraps it in its traceback
@@ -734,9 +738,6 @@ def main(words: list[str] | None = None) -> int:
         return 2 if isinstance(error, UsageError) else 1
     except KeyboardInterrupt:  # before or after training, which has handlers of its own
         return 128 + signal.SIGINT
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
 
 
 if __name__ == "__main__":

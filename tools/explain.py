@@ -178,7 +178,7 @@ def draw_curve(plt, log: Path, path: Path):
         lines = [json.loads(line) for line in log.read_text().splitlines()]
         losses, steps = [loss for line in lines for loss in line["losses"]], [line["step"] for line in lines]
     except (ValueError, KeyError, TypeError) as error:
-        raise train.UsageError(f"{log} is no log of train.py: {train.first_line(error)}") from None
+        raise train.UsageError(f"{log} is no log of train.py: {train.one_line(error)}") from None
     figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3))
     left.plot(10 * np.arange(1, len(losses) + 1), losses, marker=".")
     left.set(xlabel="step", ylabel="training loss", ylim=(0, None))
