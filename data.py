@@ -421,6 +421,7 @@ def find_files(roots: list[Path], endings: tuple[str, ...]) -> dict[str, list[Pa
             real = os.path.realpath(folder)
             if real in visited:  # a link back, or a root within a root
                 folders.clear()
+                continue
             visited.add(real)
             folders.sort()
             for file in sorted(files):
