@@ -39,6 +39,10 @@ RESIZE = 8 / 7  # frames are scaled so that the crop takes 7/8 of the shorter si
 MOST_FRAMES = 100_000  # of a clip; what declares more is damaged, and would take all memory
 
 
+class UsageError(Exception):
+    """A flag or a file that cannot be used; the message names it and says what was expected."""
+
+
 class DataError(Exception):
     """A data set that cannot be used; the message says what was looked for and where."""
 
@@ -849,23 +853,23 @@ def add_flags(parser) -> None:
 
 
 def load(options: argparse.Namespace) -> Source:
-    """The data set that the flags name, indexed; DataError if it is not there."""
+    """The data set that the flags name, indexed; DataError if it is not there, UsageError for the flags."""
     function, roots = SOURCES[options.data]
     roots = options.root or [Path(root) for root in roots]
     words = [roots] if roots else []
     if options.root and options.data == "synthetic":
-        raise DataError("--root: the synthetic clips are drawn, there are no files")
+        raise UsageError("--root: the synthetic clips are drawn, there are no files")
     if options.data == "pennaction" and len(roots) > 1:
-        raise DataError("--root: Penn Action has one folder")
+        raise UsageError("--root: Penn Action has one folder")
     for root in options.root or []:
         if not root.is_dir():
-            raise DataError(f"--root: there is no folder {root}")
+            raise UsageError(f"--root: there is no folder {root}")
     if options.data == "pyskl":
         if not options.annotations or len(options.annotations) > 2:
-            raise DataError("--data pyskl needs --annotations PKL, or two of them, for train and test")
+            raise UsageError("--data pyskl needs --annotations PKL, or two of them, for train and test")
         words += [options.annotations, (options.split_train or "train", options.split_val or "val")]
     elif options.annotations or options.split_train or options.split_val:
-        raise DataError("--annotations, --split-train and --split-val are for --data pyskl")
+        raise UsageError("--annotations, --split-train and --split-val are for --data pyskl")
     try:
         return function(*words)
     except OSError as error:  # a folder or a list that may not be read
@@ -894,7 +898,7 @@ def main():
     sys.stdout.reconfigure(errors="backslashreplace")  # a name may hold what the terminal cannot show
     try:
         source = load(options)
-    except DataError as error:
+    except (DataError, UsageError) as error:
         sys.exit(f"data.py: {error}")
 
     print(f"{'class':24}{'train':>8}{'test':>8}")

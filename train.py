@@ -42,13 +42,10 @@ from tqdm import tqdm
 
 import data
 from d3t import D3T, Settings, check_types, setting
+from data import UsageError
 
 with suppress(ImportError):  # not on Windows, where nothing keeps two runs out of one folder
     import fcntl
-
-
-class UsageError(Exception):
-    """A flag or a file that cannot be used; the message names it and says what was expected."""
 
 
 class RunError(Exception):
