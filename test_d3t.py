@@ -5,6 +5,7 @@ numpy arrays, name every token, and share no code with the model. The model has 
 """
 
 import argparse
+import contextlib
 import copy
 import dataclasses
 import errno
@@ -479,8 +480,9 @@ def test_hidden_joints_have_no_effect():
     joints[~visible] = float("nan")
     model(video, joints, visible).sum().backward()
     assert all(p.grad.isfinite().all() for p in model.parameters())
-    joints[visible] = float("nan")  # said to be visible, but not finite: absent as well
-    assert model(video, joints, visible).isfinite().all()
+    for part in (joints[..., 1], joints):  # said to be visible, but not finite: absent as well
+        part[visible] = float("nan")
+        assert model(video, joints, visible).isfinite().all()
 
 
 def test_clips_of_a_batch_do_not_mix():
@@ -502,7 +504,9 @@ def test_autocast_keeps_positions_in_float32(dtype, monkeypatch):
     torch.manual_seed(0)
     model = D3T(s).eval()
     torch.nn.init.normal_(model.blocks[0].deformable.search.offset.weight)
-    seen = {}
+    seen, offsets = {}, []
+    for block in model.blocks:  # whose sum with the points is float32 even where they are not
+        block.deformable.search.offset.register_forward_hook(lambda *words: offsets.append(words[2].dtype))
 
     def spy(module, name):
         function = getattr(module, name)
@@ -522,7 +526,7 @@ def test_autocast_keeps_positions_in_float32(dtype, monkeypatch):
         logits = model(*clip_for(s))
     assert logits.isfinite().all()
     assert {out for out, _ in seen["joint_heatmaps"]} == {torch.float32}
-    assert {out for out, _ in seen["points"]} == {torch.float32}
+    assert {out for out, _ in seen["points"]} == {*offsets} == {torch.float32}
     assert all(inputs[1] == torch.float32 for _, inputs in seen["sample_tokens"])
     assert {out for out, _ in seen["scaled_dot_product_attention"]} == {dtype}  # while the rest is in 16 bits
     close(logits.float(), model(*clip_for(s)), 0.1)
@@ -559,10 +563,49 @@ def test_trunk_is_torchvisions():
     assert {name: tuple(v.shape) for name, v in d3t.Trunk(64).state_dict().items()} == expected
 
 
-def test_trunk_keeps_every_frame():
-    """A temporal stride left in from R(2+1)D: fewer frames than the joints have."""
-    F_a, F_b = d3t.Trunk(4)(torch.randn(1, 3, 5, 40, 24))
-    assert F_a.shape == (1, 4, 5, 20, 12) and F_b.shape == (1, 16, 5, 5, 3)
+def test_trunk_computes_r2plus1d():
+    """An activation, a shortcut or a norm too few, or a stride in time: the names of the weights stay torchvision's."""
+    trunk = randomize(d3t.Trunk(4))
+    w, video = trunk.state_dict(), randn(1, 3, 3, 17, 22)
+
+    def conv(x, name, stride=1):
+        time, _, space = w[f"{name}.weight"].shape[2:]
+        return F.conv3d(x, w[f"{name}.weight"], None, (1, stride, stride), (time // 2, space // 2, space // 2))
+
+    def norm(x, name):
+        mean, var, scale, shift = (
+            w[f"{name}.{of}"].view(-1, 1, 1, 1) for of in ("running_mean", "running_var", "weight", "bias")
+        )
+        return (x - mean) / (var + 1e-5).sqrt() * scale + shift
+
+    def factored(x, name, stride):
+        return conv(norm(conv(x, f"{name}.0", stride), f"{name}.1").relu(), f"{name}.3")
+
+    x, maps = norm(factored(video, "stem", 2), "stem.4").relu(), []
+    for layer, block in itertools.product((1, 2, 3), (0, 1)):
+        name, stride = f"layer{layer}.{block}", 2 if layer > 1 and block == 0 else 1
+        inside = norm(factored(x, f"{name}.conv1.0", stride), f"{name}.conv1.1").relu()
+        inside = norm(factored(inside, f"{name}.conv2.0", 1), f"{name}.conv2.1")
+        x = (inside + (x if stride == 1 else norm(conv(x, f"{name}.downsample.0", 2), f"{name}.downsample.1"))).relu()
+        maps.append(x)
+    for found, expected in zip(trunk(video), (maps[1], maps[-1])):
+        close(found, expected)
+
+
+def test_bytes_are_normalised():
+    """A mean of another scale or order than the pixels'."""
+    s = small()
+    model = D3T(s).eval()
+    video, *rest = clip_for(s)
+    mean, std = (torch.tensor(v).view(3, 1, 1, 1) for v in ([0.432, 0.395, 0.376], [0.228, 0.221, 0.217]))
+    close(model(video, *rest), model((video / 255 - mean) / std, *rest), 1e-5)
+
+
+def test_a_new_model():
+    """A search that does not start at the regular grid; modal tokens that all start alike."""
+    model = D3T(small())
+    assert not any(p.any() for block in model.blocks for p in block.deformable.search.offset.parameters())
+    assert model.modal.std() > 0.01
 
 
 @pytest.mark.parametrize(
@@ -692,6 +735,33 @@ def test_explanation_is_the_attention_of_the_modal_tokens():
         model.train().explain(*inputs)
 
 
+@pytest.mark.parametrize("modal", [3, 1, 0])
+def test_explanation_with_other_modal_tokens(modal):
+    """Attention of other tokens than the modal ones, where there are fewer of them, or of some where there are none."""
+    s = small(blocks=1, modal_tokens=modal)
+    model, kept = D3T(s).eval(), {}
+    block = model.blocks[0]
+    for name in ("deformable", "temporal"):
+        attention = getattr(block, name).attention
+        attention.register_forward_pre_hook(lambda module, inputs, name=name: kept.update({name: inputs}))
+    said, N = model.explain(*clip_for(s)), math.prod(s.grid[1:])
+    X, X_ = kept["deformable"]
+    asks = torch.arange(X.shape[1]) % (N + min(modal, 2)) >= (N if modal else 0)
+    expected = block.deformable.attention.attention_map(X, X_)[:, asks].mean(1)
+    close(said.selected[:, 0].flatten(1), expected[:, : said.selected[0, 0].numel()], 1e-5)
+
+    X, (n, window) = kept["temporal"][0], block.temporal.index.shape
+    tokens = N + s.joints + modal
+    given = block.temporal.attention.attention_map(X, X).view(2, n, window, tokens, window, tokens).sum(-1)
+    given = given[:, :, :, N + s.joints :] if modal else given
+    copies = {t: [] for t in range(s.frames)}
+    for i, t in itertools.product(range(n), range(window)):
+        row = torch.zeros(2, s.frames)
+        row[:, block.temporal.index[i]] = given[:, i, t].mean(1).detach()
+        copies[block.temporal.index[i, t].item()].append(row)
+    close(said.frames[:, 0], torch.stack([torch.stack(rows).mean(0) for rows in copies.values()], 1), 1e-5)
+
+
 def test_one_graph_for_the_compiler():
     """A data-dependent branch or a call that splits the graph of torch.compile."""
     s = small()
@@ -789,6 +859,32 @@ def test_joints_stay_on_their_pixels(size, crop, split):
     assert split == "test" or flips == {False, True}
 
 
+def test_crops():
+    """A crop that is not random in training or not the middle in a test, or that takes the whole frame."""
+    where, source = [], marks((60, 90))
+
+    def read(media, frames, size, crop):
+        where.append((size, crop[0].start, crop[1].start))
+        return np.zeros((len(frames), 32, 32, 3), np.uint8)
+
+    source.read = read
+    data.Dataset(source, "test", 4, 32, 32)[0]
+    assert where == [((37, 55), 2, 11)]  # 32 is 7/8 of 37
+    train_set = data.Dataset(source, "train", 4, 32, 32)
+    for epoch in range(200):
+        train_set[epoch, 0]
+    assert {top for _, top, _ in where} == set(range(6)) and {left for *_, left in where} == set(range(24))
+
+
+def test_flip_pairs():
+    """A joint that trades places with another one than its counterpart."""
+    for names, pairs in (
+        (data.PENN_JOINTS, data.PENN_PAIRS), (data.NTU_JOINTS, data.NTU_PAIRS), (data.COCO_JOINTS, data.COCO_PAIRS),
+    ):  # fmt: skip
+        left = [name for name in names if "left" in name]
+        assert {names[a]: names[b] for a, b in pairs} == {name: name.replace("left", "right") for name in left}
+
+
 def test_one_frame_of_each_segment():
     """Frames out of order or of one end only; clips shorter than T; the middle frames in a test."""
     seen = []
@@ -809,7 +905,7 @@ def test_one_frame_of_each_segment():
 
 
 def test_synthetic_clips_need_both_modalities():
-    """A label that the pixels, the order of the figures or the joints give away: then there is nothing to fuse."""
+    """A label that the order of the figures or the joints give away: then there is nothing to fuse."""
     swing = np.linspace(0, 1, 9)
     torsos = [data.pose(action, swing, side)[:, data.TORSO] for action in range(4) for side in (0, 1)]
     assert all((torso == torsos[0]).all() for torso in torsos)  # the annotated joints are the same in every action
@@ -830,6 +926,26 @@ def test_synthetic_clips_need_both_modalities():
     item = data.Dataset(source, "train", 4, 64, 64, hide="joints")[0, 0]
     assert not item["visible"].any()
     assert (data.Dataset(source, "train", 4, 64, 64, hide="video")[0, 0]["video"] == 128).all()
+
+
+def test_synthetic_labels():
+    """The action of the other figure."""
+    moving = {(1, 0): "wave", (2, 0): "flap", (2, 2): "jumping jack", (0, 1): "kick"}  # wrists and ankles
+    for clip in data.synthetic(train=40, test=1).clips["train"]:
+        actor = next(figure for figure in clip.media[0] if np.allclose(np.float32(figure), clip.joints))
+        moves = np.ptp(actor - actor[:, 7:8], axis=0).max(-1) > 5
+        assert data.SYNTHETIC_ACTIONS[clip.label] == moving[moves[[5, 6]].sum(), moves[[11, 12]].sum()]
+
+
+def test_synthetic_figures_are_drawn_at_their_joints():
+    """Limbs drawn elsewhere, or at other frames."""
+    (start, end), frames = np.array(data.PENN_EDGES).T, np.array([1, 6, 14])
+    for clip in data.synthetic(train=8, test=1).clips["train"]:
+        video = data.draw(clip.media, frames, (128, 128), all_of(128, 128)).astype(int)
+        figure = clip.media[0][1][frames]  # the one in front
+        for t, places in enumerate(2 * np.concatenate([figure, (figure[:, start] + figure[:, end]) / 2], 1) + 0.5):
+            x, y = places[((places > 1) & (places < 127)).all(1)].round().astype(int).T
+            assert len(x) > 5 and abs(video[t, y, x] - clip.media[1][1]).max() <= 1
 
 
 @pytest.fixture
@@ -1174,6 +1290,10 @@ def test_ntu(tmp_path, capsys):
     }
     assert source.missing == ["S003C001P001R001A001 has no video"] and len(source.joint_names) == 50
     assert len(source.annotate(source.clips["test"][0]).joints) == 12
+    write_video(roots[0] / "S001" / "S001C001P001R001A001_rgb.avi", dot[:9])
+    assert len(source.annotate(source.clips["train"][0]).joints) == 9
+    write_video(roots[0] / "S001" / "S001C001P001R001A001_rgb.avi", dot)
+    assert source.flip_pairs == [(a + person, b + person) for person in (0, 25) for a, b in data.NTU_PAIRS]
     again = write_video(roots[1] / "S001C001P001R001A001.mp4", dot[:, ::2, ::2])  # re-encoded, beside the original
     assert data.ntu(roots, "ntu120-xsub").clips["train"][0].media[0] == again
     again.unlink()
@@ -1314,6 +1434,8 @@ def test_pyskl_pickles(tmp_path, protocol):
         and not clip.visible[5:, 17:].any()
         and clip.visible[:5, 17:].all()
     )
+    assert not source.clips["train"][0].visible[:, 17:].any()  # one person
+    assert source.flip_pairs == [(a + person, b + person) for person in (0, 17) for a, b in data.COCO_PAIRS]
     clip = source.annotate(source.clips["train"][0])  # 8 poses for 12 frames
     assert np.array_equal(clip.joints, source.clips["train"][0].joints[[0, 1, 1, 2, 3, 3, 4, 4, 5, 6, 6, 7]])
     assert len(source.annotate(source.clips["test"][0]).joints) == 12
@@ -1343,6 +1465,7 @@ def test_pyskl_pickles(tmp_path, protocol):
     assert len(problems) == 8 and problems[-1] == f"{lists[0]}, two.avi: it is there twice"
     assert "(60, 100, 3)" in problems[-3] and "(8, 17, 2)" in problems[-2]
     write_video(tmp_path / "other" / "two.mp4", numbered(3))  # which of two videos is meant?
+    (tmp_path / "gym_hrnet.pkl").rename(tmp_path / "gym_2d.pkl")
     (problem,) = data.finegym([tmp_path]).problems
     assert "other/two.mp4 and " in problem and "subactions/two.mp4 have one name" in problem
 
@@ -1874,6 +1997,80 @@ def test_checkpointing_changes_nothing(fit, tmp_path):
     assert all(torch.equal(plain[key], again[key]) for key in plain)
 
 
+def test_flags_that_are_accepted_and_forgotten(fit, tmp_path, monkeypatch):
+    """A run that says it hides, compiles or saves memory, and does not."""
+    losses, computed, forward = {}, [], d3t.Block.forward
+    monkeypatch.setattr(d3t.Block, "forward", lambda self, *tokens: computed.append(1) or forward(self, *tokens))
+    monkeypatch.setattr(torch, "compile", lambda net: computed.append("compile") or net)
+    for flags in ("", "--hide joints", "--hide video", "--amp bf16", "--seed 1", "--checkpointing", "--compile"):
+        computed.clear()
+        assert fit(f"--stop-after 1 --blocks 1 {flags}", out=f"run {flags}")[0] == 0
+        losses[flags] = checkpoint(tmp_path / f"run {flags}")["progress"]["loss"]
+        assert len(computed) == (2 if flags in ("--checkpointing", "--compile") else 1)
+    assert losses.pop("") == losses.pop("--checkpointing") == losses.pop("--compile")
+    assert len(losses) == len({round(loss, 6) for loss in losses.values()})
+
+
+def test_a_training_step(fit, monkeypatch):
+    """Clipping or a schedule that is computed and not used."""
+    rates, norms, step = [], [], torch.optim.AdamW.step
+
+    def spy(self, *words, **more):
+        rates.append(self.param_groups[0]["lr"])
+        norms.append(torch.stack([p.grad.norm() for group in self.param_groups for p in group["params"]]).norm().item())
+        return step(self, *words, **more)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", spy)
+    assert fit("--stop-after 3 --clip 0.01")[0] == 0
+    recipe = train.Recipe(epochs=2, warmup=0.5, lr=1e-3)
+    assert rates == [train.learning_rate(recipe, 8 * n / 43) for n in (1, 2, 3)] and max(norms) < 0.0101
+
+
+def test_weight_decay(tmp_path):
+    """Decay of norms, biases and embeddings, or of nothing else."""
+    run, _ = train.build(*train.parse_args([*SMALL.split(), "--out", str(tmp_path), "--pose-embedding"]))
+    decayed, rest = ({id(p) for p in group["params"]} for group in run.optimizer.param_groups)
+    assert [group["weight_decay"] for group in run.optimizer.param_groups] == [0.05, 0.0]
+    for name, p in run.model.named_parameters():
+        assert id(p) in (rest if p.ndim == 1 or name.startswith(("position", "modal")) else decayed), name
+
+
+def test_evaluation():
+    """The least likely class; a mean over clips that is told as that over classes."""
+    dataset = data.Dataset(data.synthetic(train=1, test=30), "test", 2, 16, 16)
+    labels = np.array([dataset[i]["label"] for i in range(30)])
+    model = torch.nn.Module()
+    model.forward = lambda video, joints, visible: F.one_hot(torch.zeros(len(video), dtype=torch.long), 4).float()
+    run = argparse.Namespace(
+        world=train.World(0, 1, torch.device("cpu")), settings=argparse.Namespace(classes=4), model=model, signal=0,
+        recipe=train.Recipe(batch=8), options=argparse.Namespace(workers=0), autocast=contextlib.nullcontext,
+    )  # fmt: skip
+    assert train.evaluate(run, dataset) == {"top1": (labels == 0).mean(), "mean_class": 0.25, "clips": 30}
+
+
+def test_best(fit, tmp_path):
+    """The last epoch in place of the best one."""
+    assert fit("--epochs 4")[0] == 0
+    tops = [line["top1"] for line in log_of(tmp_path / "run")]
+    assert max(tops) != tops[-1]  # else this tells nothing
+    assert checkpoint(tmp_path / "run", "best.pt")["progress"]["epoch"] == 1 + tops.index(max(tops))
+
+
+def test_a_gradient_that_is_not_finite(fit, tmp_path, monkeypatch):
+    """Weights of NaN after a loss that was sound."""
+    backward = train.backward
+
+    def spoiled(run, batches):
+        loss = backward(run, batches)
+        run.model.head.bias.grad[0] = torch.nan
+        return loss
+
+    monkeypatch.setattr(train, "backward", spoiled)
+    status, printed = fit("--stop-after 1")
+    assert status == 1 and "the gradient is not finite" in printed and printed.count("train ") >= 8
+    assert not (tmp_path / "run" / "last.pt").exists()
+
+
 @pytest.mark.parametrize("stop, workers", [(1, 0), (3, 2), (5, 1), (8, 0)])
 def test_a_resumed_run_is_the_uninterrupted_run(fit, tmp_path, stop, workers):
     """Anything that a checkpoint forgets: the place in the epoch, the optimizer, the schedule, the best result."""
@@ -1983,6 +2180,7 @@ def test_the_script_on_two_processes(tmp_path):
     assert "strides" not in done.stderr  # gradients in another layout than their weights are copied at every step
     (line,) = log_of(tmp_path)
     assert line["clips"] == 512 and line["step"] == 32 and line["bad"] == 0
+    assert 1 < line["loss"] < 2  # ln 4 at first, not the sum over processes
     for command in (python, functools.partial(torchrun, 3)):
         done = command(HERE / "train.py", "--eval", tmp_path / "best.pt", "--device", "cpu")
         assert done.returncode == 0, done.stderr
@@ -2505,7 +2703,7 @@ def test_usage_errors(fit, tmp_path, monkeypatch):
 
 def test_trunk_weights(fit, tmp_path):
     """Weights that load in part and in silence; a command that cannot go on with --resume."""
-    weights = {f"{k}": v + 1 for k, v in d3t.Trunk(4).state_dict().items()}
+    weights = {name: value + 1 for name, value in d3t.Trunk(4).state_dict().items()}
     torch.save(weights | {"layer4.0.conv1.0.0.weight": torch.zeros(1), "fc.bias": torch.zeros(400)}, tmp_path / "w.pt")
     flags = [*SMALL.split(), "--out", str(tmp_path / "run"), "--weights", str(tmp_path / "w.pt")]
     run, _ = train.build(*train.parse_args(flags))
@@ -2643,7 +2841,7 @@ def test_operations_of_the_benchmark():
 
 
 def test_loader_of_the_benchmark():
-    """Bare decoding that does not go through the same processes and batches."""
+    """A benchmark whose clips the loader cannot read."""
     for package in ("scipy", "PIL"):
         pytest.importorskip(package, reason=f"needs {package}, for the clips")
     options = argparse.Namespace(clips=6, rounds=1, device=torch.device("cpu"))
