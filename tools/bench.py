@@ -99,11 +99,12 @@ class Run:
         self.optimizer.zero_grad(set_to_none=True)
 
 
-def make_batch(s: Settings, clips: int, device: torch.device) -> list[Tensor]:
-    """Video, joints, visible and label."""
+def make_batch(s: Settings, clips: int, device: torch.device, layout=True) -> list[Tensor]:
+    """Video, joints, visible and label; the video in the layout of `data.collate`, or contiguous."""
     random = np.random.default_rng(0)
     video = random.integers(0, 256, (clips, s.frames, s.height, s.width, 3), dtype=np.uint8)
-    video = video.transpose(0, 4, 1, 2, 3)  # as data.collate lays it out
+    video = video.transpose(0, 4, 1, 2, 3)
+    video = video if layout else np.ascontiguousarray(video)
     joints = random.random((clips, s.frames, s.joints, 2), dtype=np.float32) * np.float32([s.width, s.height])
     batch = video, joints, random.random(joints.shape[:3]) < 0.9, np.arange(clips) % s.classes
     return [torch.from_numpy(array).to(device) for array in batch]
@@ -396,7 +397,7 @@ def variants(s: Settings, options: argparse.Namespace):
         run, rates = Run(s, device, amp, layout=layout), {}
         for clips in options.batches:
             try:
-                step = partial(run.step, make_batch(s, clips, device))
+                step = partial(run.step, make_batch(s, clips, device, layout))
                 rates[clips] = clips / np.median(alternate(short, {0: step})[0])
             except torch.OutOfMemoryError:
                 run.optimizer.zero_grad(set_to_none=True)
@@ -405,7 +406,7 @@ def variants(s: Settings, options: argparse.Namespace):
         for compiled in (False, True) if options.compile else (False,):
             how = dict(amp=amp, layout=layout, compiled=compiled)
             name = f"{amp} {'channels last ' * layout}{'compiled' * compiled}"
-            work[name] = partial(Run(s, device, **how).step, make_batch(s, clips, device))
+            work[name] = partial(Run(s, device, **how).step, make_batch(s, clips, device, layout))
             chosen[name] = clips, how
     flops, seconds = operations(Run(s, device), make_batch(s, 1, device))["all"], alternate(options, work)
     row("step", "best batch", "ms", "clips/s", "MFU", "peak GiB")
