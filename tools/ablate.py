@@ -152,7 +152,7 @@ def main(words: list[str] | None = None) -> int:
             raise train.UsageError(str(error)) from None
         place = options.out / "-".join([flags.data, *shared]).replace("--", "").replace("/", "_")
         rows = rows_of(options.what, settings)
-        shared = ["--preset", flags.preset, *shared]  # so that --resume compares all of it with what was trained
+        shared = ["--preset", flags.preset, *shared]  # so that --resume compares all but the batch with what is there
         found = train_rows(rows, place, shared, options.seeds, options.jobs)
         text = f"`python -m tools.ablate {' '.join(words or sys.argv[1:])}`\n\n{table(rows, found)}\n"
         (place / f"{options.what}.md").write_text(text)
