@@ -592,6 +592,24 @@ def test_trunk_computes_r2plus1d():
         close(found, expected)
 
 
+def test_trunk_equals_torchvisions():
+    """Weights that load into another network: the answers are compared with those of torchvision's, where it is."""
+    try:
+        from torchvision.models.video import r2plus1d_18
+    except (ImportError, RuntimeError) as error:  # RuntimeError: one of another torch
+        pytest.skip(f"needs torchvision: {error}")
+    theirs, ours, video = randomize(r2plus1d_18()), d3t.Trunk(64).double(), randn(1, 3, 5, 42, 50)
+    ours.load_state_dict({k: v for k, v in theirs.state_dict().items() if not k.startswith(("layer4", "fc"))})
+    for module in theirs.modules():
+        if isinstance(module, torch.nn.Conv3d):
+            module.stride = (1, *module.stride[1:])  # what this project changes: no stride in time
+    for training in (False, True):
+        F_a, F_b = ours.train(training)(video)
+        a = theirs.train(training).layer1(theirs.stem(video))
+        close(F_a, a)
+        close(F_b, theirs.layer3(theirs.layer2(a)))
+
+
 def test_bytes_are_normalised():
     """A mean of another scale or order than the pixels'."""
     s = small()
@@ -2131,8 +2149,17 @@ def test_learning_rate():
     assert train.learning_rate(recipe, 60.1) < train.learning_rate(recipe, 60.0)
 
 
+@pytest.mark.parametrize("processes", ["1", "2"])
+def test_one_of_several_processes_ends_at_once(processes, monkeypatch):
+    """A rank whose interpreter ends under a thread of gloo, which aborts it: a run that is done is told as failed."""
+    monkeypatch.setenv("WORLD_SIZE", processes)
+    done = python("-v", HERE / "train.py", "-h")
+    assert done.returncode == 0 and "--epochs" in done.stdout
+    assert ("# clear sys.path" in done.stderr) == (processes == "1")  # what the interpreter says of its end
+
+
 GRADIENT = """
-import os, sys, torch, train
+import sys, torch, train
 run, source = train.build(*train.parse_args(sys.argv[2:]))
 s = run.settings
 dataset = train.data.Dataset(source, "train", s.frames, s.height, s.width)
@@ -2143,9 +2170,7 @@ loss = train.backward(run, [train.data.collate([dataset[key] for key in keys]) f
 loss = run.world.sum(loss.item()) / run.world.size
 if run.world.rank == 0:
     torch.save([loss.float()] + [p.grad for p in run.model.parameters()], sys.argv[1])
-if run.world.size > 1:
-    torch.distributed.destroy_process_group()
-    os._exit(0)  # a rank aborted in C++ as it ended, after all was written; why is not known
+train.leave(0)
 """
 
 
@@ -2576,7 +2601,9 @@ def test_a_loading_process_that_is_lost_during_a_save(then, fit, tmp_path, monke
     assert not (tmp_path / "run" / "last.tmp").exists()
 
 
-@pytest.mark.parametrize("error", [ConnectionResetError(104, "reset by peer"), EOFError()])
+@pytest.mark.parametrize(
+    "error", [ConnectionResetError(104, "reset by peer"), EOFError(), RuntimeError("Pin memory thread exited")]
+)
 def test_a_loading_process_that_is_lost_while_it_sends(error, fit, monkeypatch):
     """A connection that breaks before torch sees that the process is gone, told as "reset by peer" and no more."""
 
@@ -2902,5 +2929,5 @@ def test_rows_of_the_ablations():
 def test_cuda(fit, tmp_path, amp):
     """A tensor left on the CPU, a scaler that is not saved."""
     assert fit(f"--device cuda --amp {amp} --stop-after 3")[0] == 0
-    assert fit(f"--device cuda --amp {amp} --resume")[0] == 0
+    assert fit(f"--device cuda --amp {amp} --resume --accumulate 2 --checkpointing")[0] == 0
     assert fit(f"--eval {tmp_path}/run/best.pt")[0] == 0

@@ -620,8 +620,6 @@ def build(options: argparse.Namespace, given: dict) -> tuple[Run, data.Source]:
             model.load_state_dict(saved["model"])
     elif options.weights:
         load_trunk(model, options.weights)
-    if world.size > 1 and options.device == "cuda":  # a process has few clips: batch statistics over all of them
-        model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
     net = DistributedDataParallel(model) if world.size > 1 and not options.eval else model
     if options.compile:
         net = torch.compile(net)
@@ -715,13 +713,12 @@ def main(words: list[str] | None = None) -> int:
                 print(json.dumps(result))
         else:
             status = fit(run, train, test)
-        if run.world.size > 1:  # not after an error: with NCCL it would wait for the other ranks, and they for this one
-            dist.destroy_process_group()
         return status
     except (RuntimeError, ConnectionResetError, ConnectionRefusedError, EOFError) as error:
         # A dying loading process closes its connections before torch sees that it is gone, and `torch.save`, which is
         # left halfway, may have an error of its own on top.
-        if "DataLoader worker" in f"{error} {error.__context__}" or not isinstance(error, RuntimeError):
+        said = f"{error} {error.__context__}"
+        if "DataLoader worker" in said or "Pin memory thread" in said or not isinstance(error, RuntimeError):
             lost = "lost a loading process, perhaps to a lack of memory"
         elif isinstance(error, dist.DistError) or "gloo" in str(error):
             lost = f"rank {os.environ.get('RANK')} lost another one"
@@ -735,7 +732,21 @@ def main(words: list[str] | None = None) -> int:
         return 2 if isinstance(error, UsageError) else 1
     except KeyboardInterrupt:  # before or after training, which has handlers of its own
         return 128 + signal.SIGINT
+    except SystemExit as stop:  # -h, or a signal in a test
+        return stop.code
+
+
+def leave(status: int):
+    """End this process; if it is one of several at once, without the end of its interpreter.
+
+    A thread of gloo frees the tensor of the last exchange, for which it takes the interpreter's lock. If the
+    interpreter ends just then, that aborts the process, and torchrun takes a run that is done for one that failed.
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        sys.stdout.flush()
+        os._exit(status)
+    sys.exit(status)
 
 
 if __name__ == "__main__":
-    sys.exit(record(main)())  # by which torchrun shows the exception of the rank that failed first
+    leave(record(main)())  # by `record`, torchrun shows the exception of the rank that failed first

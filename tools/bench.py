@@ -19,6 +19,7 @@ Memory is the largest sum of live tensors, which the allocator counts: it repeat
 
 import argparse
 import functools
+import gc
 import itertools
 import json
 import os
@@ -174,6 +175,7 @@ def operations(run: Run, batch: list[Tensor]) -> dict[str, float]:
 
 def peak_memory(device: torch.device, function: Callable) -> int:
     """The most bytes of live tensors at any time of `function`, beyond those that were alive before."""
+    gc.collect()  # a block that computes itself again is in a cycle with its forward
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -223,7 +225,7 @@ class Plain(nn.Module):
         m, trunk, maps = self.model, self.model.trunk, []
         x = trunk.stem((video.contiguous() - m.mean) / m.std)
         for layer in (*trunk.layer1, *trunk.layer2, *trunk.layer3):
-            x = (layer.conv2(layer.conv1(x)) + (x if layer.downsample is None else layer.downsample(x))).relu()
+            x = (layer.conv2(layer.conv1(x)) + layer.downsample(x)).relu()
             maps.append(x)
         F_a, F_b = maps[1], maps[-1]
         Z = F_b.permute(0, 2, 3, 4, 1).flatten(2, 3).contiguous()  # (B, T, h*w, D)
@@ -406,8 +408,13 @@ def variants(s: Settings, options: argparse.Namespace):
         for compiled in (False, True) if options.compile else (False,):
             how = dict(amp=amp, layout=layout, compiled=compiled)
             name = f"{amp} {'channels last ' * layout}{'compiled' * compiled}"
-            work[name] = partial(Run(s, device, **how).step, make_batch(s, clips, device, layout))
-            chosen[name] = clips, how
+            step = partial(Run(s, device, **how).step, make_batch(s, clips, device, layout))
+            try:
+                step()
+            except torch.OutOfMemoryError:
+                print(f"{name}: no memory for {clips} clips beside the other variants")
+                continue
+            work[name], chosen[name] = step, (clips, how)
     flops, seconds = operations(Run(s, device), make_batch(s, 1, device))["all"], alternate(options, work)
     row("step", "best batch", "ms", "clips/s", "MFU", "peak GiB")
     for name, (clips, how) in chosen.items():
@@ -647,7 +654,7 @@ def parse_args(words: list[str] | None) -> tuple[argparse.Namespace, list[Settin
     add = parser.add_argument
     add("what", nargs="?", choices=[*SECTIONS, "all"], default="table", help="[table]")
     add("--preset", choices=train.PRESETS, default="paper", help="the defaults of the model [paper]")
-    add("--batch", type=int, default=1, metavar="N", help="clips of a forward and of a step [1]")
+    add("--batch", type=int, metavar="N", help="clips of a forward and of a step [1; CUDA 8]")
     add("--batches", type=int, nargs="+", metavar="N", help="variants: batches to try [--batch; CUDA 1 2 4 .. 128]")
     add("--amp", nargs="+", choices=TYPES, help="types [off bf16; CUDA off bf16 fp16]")
     add("--compile", action=argparse.BooleanOptionalAction, help="variants: compiled ones too [with CUDA]")
@@ -667,6 +674,7 @@ def parse_args(words: list[str] | None) -> tuple[argparse.Namespace, list[Settin
     options = parser.parse_args(words)
     cuda = options.device == "cuda"
     options.device, options.matrix = torch.device(options.device), options.matrix or (8192 if cuda else 4096)
+    options.batch = options.batch or (8 if cuda else 1)
     options.compile = cuda if options.compile is None else options.compile
     options.amp = options.amp or [*TYPES][: 3 if cuda else 2]
     options.batches = options.batches or ([2**i for i in range(8)] if cuda else [options.batch])
@@ -681,6 +689,7 @@ def parse_args(words: list[str] | None) -> tuple[argparse.Namespace, list[Settin
 def main() -> int:
     (options, several), failed = parse_args(None), False
     train.keep_memory()
+    torch.backends.cudnn.allow_tf32 = False  # float32 as the product of matrices has it; in training it is True
     name = torch.cuda.get_device_name() if options.device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
     for s in several:
         for section in SECTIONS.values() if options.what == "all" else [SECTIONS[options.what]]:
