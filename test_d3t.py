@@ -877,6 +877,18 @@ def test_joints_stay_on_their_pixels(size, crop, split):
     assert split == "test" or flips == {False, True}
 
 
+def test_half_of_the_clips_are_mirrored():
+    """A mirror that is hardly ever used, or nearly always."""
+    source = marks(n=1)
+
+    def leans(joints):  # to which side of the others the nose is
+        return bool(joints[0, 0, 0] > joints[0, 1:, 0].mean())
+
+    dataset, before = data.Dataset(source, "train", 1, 40, 40), leans(source.clips["train"][0].joints)
+    mirrored = [leans(dataset[key]["joints"]) != before for key in itertools.product(range(50), range(8))]
+    assert 160 < sum(mirrored) < 240  # of 400
+
+
 def test_crops():
     """A crop that is not random in training or not the middle in a test, or that takes the whole frame."""
     where, source = [], marks((60, 90))
@@ -1149,6 +1161,17 @@ def test_ntu_frames_ghosts_and_lost_joints():
     joints, visible = persons(crowd)
     assert np.allclose(joints[:, :25], [row[:, 5:7] for row in walker], atol=0.01) and not visible[:, 25:].any()
     assert persons([[(2, chair[t])] for t in range(30)])[1][:, :25].all()  # better a ghost than nobody
+    for ghost, seen, wide, often in (
+        (True, 11, 0.4, 30), (False, 12, 0.4, 30), (False, 30, 1.3, 30), (True, 30, 1.4, 30), (True, 30, 2.0, 21),
+        (False, 30, 2.0, 20),
+    ):  # fmt: skip
+        other = [(2, body(1500, 600, wide=wide if t < often else 0.4, wobble=0.1 * (t % 3))) for t in range(seen)]
+        crowd = [[(1, walker[t]), *other[t : t + 1]] for t in range(30)]
+        assert persons(crowd)[1][:, 25:].any() != ghost, (seen, wide, often)
+    for metres, same in ((0.9, True), (1.1, False)):  # from where one id ends to where another begins
+        moved = body(900 + 300 * (0.06 + metres), 500)
+        visible = persons([[(1, walker[t])] if t < 15 else [(2, moved)] for t in range(30)])[1]
+        assert visible[:15, :25].all() and visible[15:, :25].all() == same
     many = [[(i, body(100 + 300 * i, 500, wobble=0.01 * i * (t % 3))) for i in range(6)] for t in range(30)]
     assert np.allclose(persons(many)[0][0, :25], body(1600, 500)[:, 5:7], atol=0.01)
     calm, lively = ([body(x, 500, wobble=v * (t % 2)) for t in range(30)] for x, v in ((1000, 0.02), (1500, 0.04)))
@@ -2149,6 +2172,20 @@ def test_learning_rate():
     assert train.learning_rate(recipe, 60.1) < train.learning_rate(recipe, 60.0)
 
 
+def test_seed_and_hide_reach_the_data(fit, monkeypatch):
+    """A seed of the weights alone; a modality that is hidden in training and not in the test."""
+    made = []
+
+    class Dataset(data.Dataset):
+        def __init__(self, *words):
+            super().__init__(*words)
+            made.append((self.train, self.seed, self.hide))
+
+    monkeypatch.setattr(data, "Dataset", Dataset)
+    assert fit("--seed 7 --hide joints --stop-after 1")[0] == 0
+    assert made == [(True, 7, "joints"), (False, 7, "joints")]
+
+
 @pytest.mark.parametrize("processes", ["1", "2"])
 def test_one_of_several_processes_ends_at_once(processes, monkeypatch):
     """A rank whose interpreter ends under a thread of gloo, which aborts it: a run that is done is told as failed."""
@@ -2260,11 +2297,11 @@ def test_a_bad_clip_counts_once(penn):
 
 def test_bad_clips_in_training(penn, fit, tmp_path):
     """Bad clips that are not counted, or that replace so many others that the run means nothing."""
-    flags = f"--data pennaction --root {penn} --epochs 1"
+    flags = f"--data pennaction --root {penn}"
     (penn / "frames" / "0002" / "000003.jpg").write_bytes(b"")
-    status, printed = fit(f"{flags} --frames 8 --batch 60")
-    assert status == 0 and log_of(tmp_path / "run")[0]["bad"] == 1
-    assert printed.count("warning: a clip was replaced") == 1 and "0002/000003.jpg" in printed
+    status, printed = fit(f"{flags} --frames 8 --batch 60 --epochs 2")
+    assert status == 0 and [line["bad"] for line in log_of(tmp_path / "run")] == [1, 1]
+    assert printed.count("warning: a clip was replaced") == 2 and "0002/000003.jpg" in printed  # once an epoch
     (penn / "frames" / "0004" / "000004.jpg").write_bytes(b"")
     status, printed = fit(f"{flags} --frames 8 --batch 60", out="other")
     assert status == 1 and "2 of 60 clips, more than 1 %" in printed and "0004/000004.jpg" in printed

@@ -370,19 +370,21 @@ def evaluate(run: Run, dataset: data.Dataset) -> dict:
     size = max(1, run.recipe.batch // world.size)
     batches = [mine[i : i + size] for i in range(0, len(mine), size)]
     right, total = torch.zeros(classes, dtype=torch.float64), torch.zeros(classes, dtype=torch.float64)
-    for batch in tqdm(
+    bar = tqdm(
         load_batches(dataset, batches, run.options.workers, world.device),
         desc="testing", unit="batch", leave=False, disable=world.rank > 0 or None,
-    ):  # fmt: skip
-        if run.signal:  # the epoch was saved before its test
-            if world.rank == 0:
-                print("stopped in a test; go on with --resume")
-            raise SystemExit(128 + run.signal)
-        video, joints, visible, label = inputs(batch, world.device)
-        with run.autocast():
-            hit = run.model(video, joints, visible).argmax(-1) == label
-        total += torch.bincount(batch["label"], minlength=classes)
-        right += torch.bincount(batch["label"][hit.cpu()], minlength=classes)
+    )  # fmt: skip
+    with bar:  # closed before an error is told
+        for batch in bar:
+            if run.signal:  # the epoch was saved before its test
+                if world.rank == 0:
+                    print("stopped in a test; go on with --resume")
+                raise SystemExit(128 + run.signal)
+            video, joints, visible, label = inputs(batch, world.device)
+            with run.autocast():
+                hit = run.model(video, joints, visible).argmax(-1) == label
+            total += torch.bincount(batch["label"], minlength=classes)
+            right += torch.bincount(batch["label"][hit.cpu()], minlength=classes)
     right, total = world.sum(torch.stack([right, total]))
     present = total > 0
     return {
@@ -644,6 +646,7 @@ def build(options: argparse.Namespace, given: dict) -> tuple[Run, data.Source]:
         where = torch.cuda.get_device_name() if options.device == "cuda" else f"CPU ({torch.get_num_threads()} threads)"
         print(f"D3T, {count:,} parameters, {world.size} x {where}, torch {torch.__version__}")
         values = vars(options) | asdict(recipe) | asdict(settings)
+        del values["preset"]  # a run that goes on may have had another
         print(textwrap.fill("  ".join(f"{name}={value}" for name, value in values.items()), 118), flush=True)
     return Run(world, settings, recipe, options, model, net, optimizer, scaler, progress, clips), source
 
