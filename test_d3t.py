@@ -2389,7 +2389,7 @@ def slow_fsync(file):  # many kills come between the writing of a checkpoint and
 
 train.D3T.forward, data.Dataset.load, os.fsync = faulty_forward, faulty_load, slow_fsync
 register_optimizer_step_post_hook(count)
-sys.exit(train.record(train.main)(sys.argv[1:]))
+train.leave(train.record(train.main)(sys.argv[1:]))
 """
 
 

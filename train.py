@@ -710,13 +710,12 @@ def main(words: list[str] | None = None) -> int:
             data.Dataset(source, split, s.frames, s.height, s.width, run.recipe.seed, run.recipe.hide)
             for split in ("train", "test")
         )
-        if options.eval:
-            status, result = 0, evaluate(run, test)
-            if run.world.rank == 0:
-                print(json.dumps(result))
-        else:
-            status = fit(run, train, test)
-        return status
+        if not options.eval:
+            return fit(run, train, test)
+        result = evaluate(run, test)
+        if run.world.rank == 0:
+            print(json.dumps(result))
+        return 0
     except (RuntimeError, ConnectionResetError, ConnectionRefusedError, EOFError) as error:
         # A dying loading process closes its connections before torch sees that it is gone, and `torch.save`, which is
         # left halfway, may have an error of its own on top.
