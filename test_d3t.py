@@ -2904,6 +2904,16 @@ def test_operations_of_the_benchmark():
     assert counted["rest"] == 2 * s.frames * (s.joints * s.channels * D + s.blocks * 2 * D * D)
 
 
+def test_sizes_of_the_benchmark(capsys):
+    """A size of zero that is taken for the default."""
+    for flag in ("--batch", "--matrix", "--rounds", "--clips"):
+        with pytest.raises(SystemExit):
+            bench.parse_args([flag, "0"])
+        assert flag in capsys.readouterr().err.splitlines()[-1]
+    options, several = bench.parse_args(["--device", "cpu"])
+    assert (options.batch, options.matrix) == (1, 4096) and [s.joints for s in several] == [13, 50]
+
+
 def test_loader_of_the_benchmark():
     """A benchmark whose clips the loader cannot read."""
     for package in ("scipy", "PIL"):

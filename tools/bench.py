@@ -672,6 +672,8 @@ def parse_args(words: list[str] | None) -> tuple[argparse.Namespace, list[Settin
         text = f"{f.metadata['help']} [{default}]"
         add("--" + f.name.replace("_", "-"), **how, default=argparse.SUPPRESS, help=text)
     options = parser.parse_args(words)
+    if any(n is not None and n < 1 for n in (options.batch, options.matrix, options.rounds, options.clips)):
+        parser.error("--batch, --matrix, --rounds and --clips must be 1 or more")
     cuda = options.device == "cuda"
     options.device, options.matrix = torch.device(options.device), options.matrix or (8192 if cuda else 4096)
     options.batch = options.batch or (8 if cuda else 1)
