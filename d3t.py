@@ -13,27 +13,32 @@ Every component of *Cross-Modal Learning with 3D Deformable Attention for Action
     L     transformer blocks            X_    X~ = [Z~ | M_RGB | M_CLS], keys and values
     k     kernel of 3DTS, the 3D token search; T~ = T - k + 1, h~ and w~ likewise
     p     the reference points of 3DTS, in tokens, ordered t, h, w; it reads Z at p + delta p
-    '     as in M'_CLS: the CLS token between 3D deformable attention and the fusion of both attentions' CLS
+    M'    M'_CLS, the CLS token between 3D deformable attention and the fusion
 
-Z, P and M keep the layout (B, T, N, D) between the modules of a block; only inside one are they flattened.
+Z, P and M have the layout (B, T, N, D), N tokens in each frame; only inside a module are they flattened.
 
-Where the paper is silent, this file decides as follows (the README says why, where there is more to say):
-  - trunk: R(2+1)D-18 without temporal strides and without layer4; F_a is layer1's output, F_b layer3's
-  - a joint at pixel x lies at x / 2 on F_a, sigma is one cell of it; pose tokens carry no embedding of their own
-    (`pose_embedding` adds one); a joint that is absent is a constant token, attended to as any other
-  - Z and P pass one LayerNorm where they are embedded; the attentions have none in front, as in Eq. (6)
-  - 3DTS: a depthwise convolution of kernel k and a pointwise one, one search for all heads; p is the centre of what
-    the convolution sees, offsets are tanh(.) * (k - 1) / 2 tokens, Z is read by trilinear interpolation; on an axis
-    shorter than k, k is its length
-  - the position embedding is a temporal plus a spatial table; MSA ends in a linear layer; an FFN is 4 * D wide inside
-  - both stride attentions are the block of Eq. (6) and (7), too; the two M'_CLS are fused by one linear layer
-  - stride windows are of equal size and attend within themselves; a token that lies in several gets the mean of its
-    copies; the last window is moved back to fit
-  - every block has weights of its own; the head is one linear layer on the modal tokens' mean over T; no dropout
-  - Table 4: an attention that is absent is passed by, and where 3D deformable or joint attention is, M'_CLS is not
-    fused; row 2 never looks at the joints, its M_pose is the same for every clip
-  - Table 5: a single token stands for M_RGB, M_CLS and M_pose alike; without any, the head gets the mean RGB token and
-    the mean pose token, side by side
+Where the paper is silent, this file decides as follows. The README's table "Where the paper is silent" gives for each
+decision the reason and the alternative.
+  - trunk: R(2+1)D-18 without temporal strides and without layer4; F_a is the output of layer1, F_b that of layer3
+  - tokenizer: a joint at pixel x lies at x / 2 on F_a; sigma is one cell of F_a
+  - pose tokens: no embedding of their own (`pose_embedding` adds one); an absent joint is a token without content,
+    which all other tokens attend to
+  - one LayerNorm on Z and on P where they are embedded; none before an attention, as in Eq. (6)
+  - position embedding: a temporal table plus a spatial table
+  - 3DTS: a depthwise convolution with kernel k and stride 1, then a pointwise one; one search for all heads
+  - reference points: the centre of what the convolution sees, so an untrained search does not read the outer
+    (k - 1)/2 tokens; on an axis shorter than k, k is the length of the axis
+  - offsets: tanh(.) * (k - 1)/2 tokens, so a point stays inside the window its offset was computed from
+  - MSA ends in a linear layer; an FFN is 4D wide inside; no dropout
+  - stride attentions: also the block of Eq. (6) and (7); "cross attention" is read as attention across modalities:
+    all tokens of a window attend to all tokens of the same window
+  - windows: of one size; the last one is moved back to end with the series; a token in several windows becomes the
+    mean of its copies; joints are in one series, person after person, so a window may hold joints of two persons
+  - blocks: Z, P and M pass from block to block, each block has its own weights; in the last block only the modal
+    tokens are queries of temporal stride attention, because the head reads nothing else
+  - fusion: one linear layer on both M'_CLS; head: one linear layer on the mean of the modal tokens over T
+  - Table 4: a disabled attention is skipped; without 3D deformable or joint attention, M'_CLS is not fused
+  - Table 5: a single token takes all three roles; without modal tokens the head gets the mean RGB and pose tokens
 """
 
 from dataclasses import dataclass, field, fields
@@ -49,7 +54,7 @@ from torch import Tensor
 
 
 def conv2plus1d(inputs: int, middle: int, outputs: int, stride: int = 1, k: int = 3) -> nn.Sequential:
-    """A 3 x k x k convolution factored into space, then time; `stride` is spatial, all frames stay."""
+    """A 3 x k x k convolution, factored into one over space and one over time; `stride` is spatial."""
     return nn.Sequential(
         nn.Conv3d(inputs, middle, (1, k, k), stride=(1, stride, stride), padding=(0, k // 2, k // 2), bias=False),
         nn.BatchNorm3d(middle),
@@ -63,7 +68,8 @@ class ResidualBlock(nn.Module):
 
     def __init__(self, inputs: int, outputs: int, stride: int):
         super().__init__()
-        middle = inputs * outputs * 27 // (inputs * 9 + outputs * 3)  # conv1 has as many weights as a full 3 x 3 x 3
+        # With this width, conv1 has as many weights as a 3 x 3 x 3 convolution that is not factored.
+        middle = inputs * outputs * 27 // (inputs * 9 + outputs * 3)
         self.conv1 = nn.Sequential(
             conv2plus1d(inputs, middle, outputs, stride), nn.BatchNorm3d(outputs), nn.ReLU(inplace=True)
         )
@@ -107,22 +113,22 @@ class Trunk(nn.Module):
 def joint_heatmaps(joints: Tensor, visible: Tensor, size: tuple[int, int], stride: int, sigma: float) -> Tensor:
     """Eq. (2): a Gaussian of height 1 around each joint, on a map of one cell every `stride` pixels.
 
-    joints   (B, T, R, 2), x then y, in pixels of the input; the centre of the first pixel is 0
-    visible  (B, T, R) bool; the map of a joint that is not visible or not finite is zero, whatever its coordinates
+    joints   (B, T, R, 2), x then y, in pixels of the input; the centre of the first pixel is (0, 0)
+    visible  (B, T, R) bool; a joint that is not visible or not finite is absent: its map is zero
     size     height and width of the map
     sigma    standard deviation in cells of the map
     returns  (B, T, R, height, width)
     """
-    seen = visible & joints.isfinite().all(-1)
-    joints = torch.where(seen[..., None], joints, 0.0)
-    # A convolution of odd kernel k, padding (k - 1)/2 and this stride centres its cell i on pixel i * stride.
+    present = visible & joints.isfinite().all(-1)
+    joints = torch.where(present[..., None], joints, 0.0)  # NaN times zero would be NaN
+    # A convolution with odd kernel k and padding (k - 1)/2 centres its cell i on pixel i * stride.
     x, y = (joints / stride).unbind(-1)
     j = torch.arange(size[0], device=joints.device)
     i = torch.arange(size[1], device=joints.device)
     row = torch.exp(-((i - x[..., None]) ** 2) / (2 * sigma**2))  # (B, T, R, width)
     column = torch.exp(-((j - y[..., None]) ** 2) / (2 * sigma**2))  # (B, T, R, height)
-    column = column * seen[..., None]  # zero in one factor, zero in the product
-    return column[..., :, None] * row[..., None, :]  # Eq. (2): the exponential of a sum
+    column = column * present[..., None]
+    return column[..., :, None] * row[..., None, :]  # Eq. (2): the exponential of a sum is a product
 
 
 def joint_tokens(F_a: Tensor, joints: Tensor, visible: Tensor, sigma: float) -> Tensor:
@@ -130,19 +136,19 @@ def joint_tokens(F_a: Tensor, joints: Tensor, visible: Tensor, sigma: float) -> 
 
     F_a (B, C, T, H/2, W/2), joints and visible as in `joint_heatmaps` -> (B, T, R, C), float32 or wider.
     """
-    with torch.autocast(F_a.device.type, enabled=False):  # positions and sums over a map need float32
+    with torch.autocast(F_a.device.type, enabled=False):  # 16 bits are too few for positions and for a sum over a map
         F_a = F_a.to(torch.promote_types(F_a.dtype, torch.float32))
-        heatmaps = joint_heatmaps(joints.to(F_a.dtype), visible, F_a.shape[-2:], 2, sigma)  # of H/2, W/2
+        heatmaps = joint_heatmaps(joints.to(F_a.dtype), visible, F_a.shape[-2:], 2, sigma)  # (B, T, R, H/2, W/2)
         return torch.einsum("bcthw, btrhw -> btrc", F_a, heatmaps)  # Eq. (1)
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# The attention block (Eq. 6, 7): each of the three attention modules has one of its own
+# The attention block (Eq. 6, 7), which each of the three attention modules has
 # --------------------------------------------------------------------------------------------------------------------
 
 
 class AttentionBlock(nn.Module):
-    """Queries X (B, n, D), keys and values X~ (B, m, D): MSA of Eq. (6), then the FFN of Eq. (7) -> (B, n, D)."""
+    """MSA of Eq. (6) and FFN of Eq. (7): queries X (B, Q, D), keys and values X~ (B, S, D) -> (B, Q, D)."""
 
     def __init__(self, D: int, heads: int):
         super().__init__()
@@ -155,18 +161,13 @@ class AttentionBlock(nn.Module):
         self.ffn = nn.Sequential(nn.Linear(D, 4 * D), nn.GELU(), nn.Linear(4 * D, D))
 
     def split(self, tokens: Tensor) -> Tensor:
-        return tokens.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, heads, n, D / heads)
+        return tokens.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, heads, Q, D / heads)
 
     def msa(self, X: Tensor, X_: Tensor) -> Tensor:
-        """MSA(X Wq, X~ Wk, X~ Wv), multi-head attention with scale 1/sqrt(D / heads)."""
+        """MSA(X Wq, X~ Wk, X~ Wv): multi-head attention, scaled by 1/sqrt(D / heads)."""
         q, k, v = self.split(self.Wq(X)), self.split(self.Wk(X_)), self.split(self.Wv(X_))
         out = F.scaled_dot_product_attention(q, k, v)
-        return self.Wo(out.transpose(1, 2).flatten(2))  # (B, n, D)
-
-    def attention_map(self, X: Tensor, X_: Tensor) -> Tensor:
-        """The weights that `msa` does not keep: (B, n, m), mean over the heads; each row sums to 1."""
-        q, k = self.split(self.Wq(X)), self.split(self.Wk(X_))
-        return (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).softmax(-1).mean(1)
+        return self.Wo(out.transpose(1, 2).flatten(2))  # (B, Q, D)
 
     def forward(self, X: Tensor, X_: Tensor) -> Tensor:
         X = X + self.msa(X, X_)  # Eq. (6)
@@ -179,11 +180,11 @@ class AttentionBlock(nn.Module):
 
 
 def reference_points(grid: tuple[int, int, int], kernel: tuple[int, int, int]) -> Tensor:
-    """The regular points p of Fig. 3, in tokens (t, h, w): (T~, h~, w~, 3) with T~ = T - k + 1 and so on.
+    """The regular points p of Fig. 3, in tokens (t, h, w): (T~, h~, w~, 3), where T~ = T - k + 1, h~ and w~ likewise.
 
-    Cell o of a convolution without padding sees the tokens o .. o + k - 1; its point is the centre of these.
+    Cell i of a convolution without padding sees the tokens i .. i + k - 1. Its point is their centre.
     """
-    axes = [torch.arange(n - k + 1) + (k - 1) / 2 for n, k in zip(grid, kernel)]
+    axes = [torch.arange(length - k + 1) + (k - 1) / 2 for length, k in zip(grid, kernel)]
     return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1)
 
 
@@ -191,37 +192,36 @@ def sample_tokens(Z: Tensor, points: Tensor) -> Tensor:
     """Trilinear interpolation of Z (B, T, h, w, D) at points (B, ..., 3), in tokens (t, h, w) -> (B, ..., D)."""
     T, h, w = Z.shape[1:4]
     t, y, x = points.unbind(-1)
-    # grid_sample has its axes in the order x, y, z and, with align_corners=False, its -1 and 1 at the outer edges of
-    # the first and last cell. All points lie inside the volume: "border" only keeps rounding from mixing in zeros.
+    # grid_sample wants x, y, z. With align_corners=False, -1 and 1 are the outer edges of the first and last cell. All
+    # points lie inside the volume; padding with "border" keeps a rounded point at the edge from mixing in zeros.
     at = torch.stack([(2 * x + 1) / w - 1, (2 * y + 1) / h - 1, (2 * t + 1) / T - 1], dim=-1)
     volume = Z.to(points.dtype).permute(0, 4, 1, 2, 3)  # (B, D, T, h, w)
     out = F.grid_sample(volume, at.flatten(1, -2)[:, None, None], padding_mode="border", align_corners=False)
-    return out[:, :, 0, 0].transpose(1, 2).unflatten(1, points.shape[1:-1])  # (B, D, 1, 1, n) -> (B, ..., D)
+    return out[:, :, 0, 0].transpose(1, 2).unflatten(1, points.shape[1:-1])  # (B, ..., D)
 
 
 class TokenSearch(nn.Module):
     """3DTS, the 3D token search of Eq. (3) and Fig. 3: Z (B, T, h, w, D) -> Z~ (B, T~, h~, w~, D).
 
-    Each point moves by at most (k - 1)/2 tokens, so it roams just the neighbourhood that its offset was computed
-    from; together the points reach every token and none can leave the volume. An axis shorter than k has k = its
-    length. An untrained search has offset zero: for odd k it returns Z without its outer (k - 1)/2 tokens.
+    Offsets are in tokens (t, h, w), from -(k - 1)/2 to (k - 1)/2. Together the points reach every token, and none can
+    leave the volume. With offsets of zero and odd k, Z~ is Z without its outer (k - 1)/2 tokens.
     """
 
     def __init__(self, D: int, grid: tuple[int, int, int], k: int):
         super().__init__()
-        kernel = tuple(min(k, n) for n in grid)
+        kernel = tuple(min(k, length) for length in grid)
         self.conv = nn.Conv3d(D, D, kernel, groups=D)
         self.norm = nn.LayerNorm(D)
         self.offset = nn.Linear(D, 3)  # a pointwise Conv3D
         self.register_buffer("reference", reference_points(grid, kernel)[None], persistent=False)  # (1, T~, h~, w~, 3)
-        self.register_buffer("reach", torch.tensor([(n - 1) / 2 for n in kernel]), persistent=False)  # (3,)
+        self.register_buffer("reach", torch.tensor([(k - 1) / 2 for k in kernel]), persistent=False)  # (3,)
 
     def points(self, Z: Tensor) -> Tensor:
-        """p + delta p, in tokens (t, h, w): (B, T~, h~, w~, 3), float32 also under autocast."""
+        """p + delta p, in tokens (t, h, w): (B, T~, h~, w~, 3), in float32 even under autocast."""
         x = self.conv(Z.permute(0, 4, 1, 2, 3))  # (B, D, T~, h~, w~)
         x = F.gelu(self.norm(x.permute(0, 2, 3, 4, 1)))  # (B, T~, h~, w~, D)
-        with torch.autocast(Z.device.type, enabled=False):  # in 16 bits, a point would be rounded
-            offset = self.offset(x.to(self.offset.weight.dtype)).tanh() * self.reach
+        with torch.autocast(Z.device.type, enabled=False):  # 16 bits would round a point
+            offset = self.offset(x.to(self.offset.weight.dtype)).tanh() * self.reach  # delta p
             return self.reference + offset
 
     def forward(self, Z: Tensor) -> Tensor:
@@ -229,7 +229,7 @@ class TokenSearch(nn.Module):
 
 
 class DeformableAttention(nn.Module):
-    """3D deformable attention (Fig. 2b): Z (B, T, h*w, D), M_RGB and M_CLS (B, T, 2, D) -> the same, attended."""
+    """3D deformable attention (Fig. 2b): Z (B, T, h*w, D) and [M_RGB, M_CLS] (B, T, 2, D) -> both, updated."""
 
     def __init__(self, D: int, heads: int, grid: tuple[int, int, int], k: int):
         super().__init__()
@@ -243,7 +243,7 @@ class DeformableAttention(nn.Module):
         X = torch.cat([Z, M], dim=2).flatten(1, 2)  # Eq. (4): (B, T*(h*w + 2), D)
         X_ = torch.cat([Z_.flatten(1, 3), M.flatten(1, 2)], dim=1)  # Eq. (5): (B, T~*h~*w~ + 2T, D)
         X = self.attention(X, X_)  # Eq. (6), (7)
-        return X.unflatten(1, (T, -1)).split([h * w, M.shape[2]], dim=2)  # Z and [M_RGB, M'_CLS]
+        return X.unflatten(1, (T, -1)).split([h * w, M.shape[2]], dim=2)  # Z, [M_RGB, M'_CLS]
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -252,7 +252,7 @@ class DeformableAttention(nn.Module):
 
 
 def window_index(length: int, window: int, stride: int) -> Tensor:
-    """Positions in each of n windows, (n, window): one every `stride`, the last moved back so that none is left out."""
+    """Positions in each of n windows, (n, window): one every `stride`; the last one is moved back to end with the series."""
     starts = [*range(0, length - window, stride), length - window]
     return torch.tensor(starts)[:, None] + torch.arange(window)
 
@@ -263,7 +263,7 @@ def take_windows(x: Tensor, index: Tensor, dim: int) -> Tensor:
 
 
 def mean_of_windows(windows: Tensor, index: Tensor, dim: int, length: int) -> Tensor:
-    """The inverse of `take_windows`: each token is the mean of its copies, (B, T, N, D)."""
+    """The inverse of `take_windows`: each token becomes the mean of its copies, (B, T, N, D)."""
     copies = windows.movedim(1, dim).flatten(dim, dim + 1)  # (B, T, n*window, D) for joints
     shape = [*copies.shape[:dim], length, *copies.shape[dim + 1 :]]
     total = copies.new_zeros(shape).index_add_(dim, index.flatten(), copies)
@@ -272,9 +272,9 @@ def mean_of_windows(windows: Tensor, index: Tensor, dim: int, length: int) -> Te
 
 
 class JointStrideAttention(nn.Module):
-    """Local joint stride attention (Fig. 4a): P (B, T, R, D), M'_CLS and M_pose (B, T, 2, D) -> the same, attended.
+    """Local joint stride attention (Fig. 4a): P (B, T, R, D) and [M'_CLS, M_pose] (B, T, 2, D) -> both, updated.
 
-    A window holds some joints in all frames, and a copy of the modal tokens of all frames.
+    A window holds some joints in all frames and a copy of all modal tokens. Its tokens attend to each other.
     """
 
     def __init__(self, D: int, heads: int, joints: int, window: int, stride: int):
@@ -294,9 +294,10 @@ class JointStrideAttention(nn.Module):
 
 
 class TemporalStrideAttention(nn.Module):
-    """Temporal stride attention (Fig. 4b): X = [Z | P | M] (B, T, N, D) -> the same, attended.
+    """Temporal stride attention (Fig. 4b): X = [Z | P | M] (B, T, N, D) -> X, updated.
 
-    A window holds some frames with all their tokens.
+    A window holds all tokens of some frames. Its tokens attend to each other. With `queries`, only the last `queries`
+    tokens of each frame attend to all of them and are returned: (B, T, queries, D).
     """
 
     def __init__(self, D: int, heads: int, frames: int, window: int, stride: int):
@@ -304,12 +305,12 @@ class TemporalStrideAttention(nn.Module):
         self.attention = AttentionBlock(D, heads)
         self.register_buffer("index", window_index(frames, window, stride), persistent=False)  # (n, window)
 
-    def forward(self, X: Tensor) -> Tensor:
+    def forward(self, X: Tensor, queries: int | None = None) -> Tensor:
         T = X.shape[1]
-        X = take_windows(X, self.index, dim=1)  # (B, n, window, N, D)
-        tokens = X.flatten(2, 3).flatten(0, 1)  # (B*n, window*N, D)
-        X = self.attention(tokens, tokens).view(X.shape)
-        return mean_of_windows(X, self.index, dim=1, length=T)
+        X_ = take_windows(X, self.index, dim=1)  # (B, n, window, N, D)
+        X = X_ if queries is None else X_[:, :, :, -queries:]
+        tokens = self.attention(X.flatten(2, 3).flatten(0, 1), X_.flatten(2, 3).flatten(0, 1))  # (B*n, window*N, D)
+        return mean_of_windows(tokens.view(X.shape), self.index, dim=1, length=T)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -322,27 +323,35 @@ def setting(default, text: str):
 
 
 def check_types(settings):
-    """TypeError for a field that is not of its type; an int may stand for a float."""
+    """Raise TypeError for a field that has not its type; an int may stand for a float."""
     for f in fields(settings):
         value = getattr(settings, f.name)
         if type(value) is not f.type and (type(value), f.type) != (int, float):
             raise TypeError(f"{f.name} must be {f.type.__name__}, not {value!r}")
 
 
+def check_windows(name: str, window: int, stride: int, total: str, length: int):
+    if window > length:
+        raise ValueError(f"{name} = {window} is larger than {total} = {length}")
+    if stride > window:
+        raise ValueError(f"{name} = {window} is smaller than its stride = {stride}, which leaves gaps")
+
+
 @dataclass(frozen=True)
 class Settings:
-    """What fixes a model. The defaults are the paper's, or ours where the paper is silent ("open")."""
+    """What defines a model. The defaults are the paper's, or ours where the paper is silent ("open")."""
 
     classes: int = setting(15, "actions to tell apart, from the data set")
     joints: int = setting(13, "R, joints of all persons, from the data set")
     frames: int = setting(12, "T, frames of a clip")
     height: int = setting(224, "H, pixels")
     width: int = setting(224, "W, pixels")
-    channels: int = setting(64, "C, channels of the trunk; a token has D = 4C (open)")
+    channels: int = setting(64, "C, channels of the trunk; D = 4C (open)")
     blocks: int = setting(4, "L, transformer blocks (open)")
     heads: int = setting(4, "attention heads; at C = 64 they have 64 channels each, as in ViT (open)")
     kernel: int = setting(7, "k of the 3D token search, tokens")
     sigma: float = setting(1.0, "sigma of Eq. (2), cells of F_a (open)")
+    # At R = 13, windows of 8 every 4 begin at 0, 4 and 5: the last one shares 7 of its 8 joints with the one before.
     joint_window: int = setting(8, "joints in a window of joint stride attention (open)")
     joint_stride: int = setting(4, "joints from one window to the next (open)")
     temporal_window: int = setting(4, "frames in a window of temporal stride attention (open)")
@@ -366,35 +375,28 @@ class Settings:
             raise ValueError(f"modal_tokens must be 3, 1 or 0 (Table 5), not {self.modal_tokens}")
         if not (self.deformable_attention or self.temporal_attention):
             raise ValueError("without deformable_attention and temporal_attention no attention sees the RGB tokens")
-        for axis, total in (("joint", "joints"), ("temporal", "frames")):
-            window, stride, length = (getattr(self, name) for name in (f"{axis}_window", f"{axis}_stride", total))
-            used = getattr(self, f"{axis}_attention")
-            if used and window > length:
-                raise ValueError(f"{axis}_window = {window} is larger than {total} = {length}")
-            if used and stride > window:
-                raise ValueError(f"{axis}_stride = {stride} is larger than {axis}_window = {window} and leaves gaps")
+        if self.joint_attention:
+            check_windows("joint_window", self.joint_window, self.joint_stride, "joints", self.joints)
+        if self.temporal_attention:
+            check_windows("temporal_window", self.temporal_window, self.temporal_stride, "frames", self.frames)
 
     @property
     def grid(self) -> tuple[int, int, int]:
-        """T, h, w: the tokens of Z."""
+        """T, h, w: how many tokens Z has along each axis."""
         return self.frames, -(-self.height // 8), -(-self.width // 8)
 
 
 class Block(nn.Module):
-    """One of the L transformer blocks (Fig. 2a): Z (B, T, h*w, D), P (B, T, R, D), M (B, T, 3, D) -> the same.
+    """One of the L transformer blocks (Fig. 2a): Z (B, T, h*w, D), P (B, T, R, D), M (B, T, 3, D) -> the same shapes.
 
-    M is ordered RGB, CLS, pose. 3D deformable attention takes its first two tokens and joint stride attention its
-    last two, so that the rows of Table 5 take one path:
-
-        modal tokens    to 3D deformable    to joint stride    fused to M_CLS
-        3 cross-modal   M_RGB, M_CLS        M'_CLS, M_pose     M'_CLS of both
-        1 single        the token           the token          the token of both
-        0 none          -                   -                  -
+    M is [M_RGB, M_CLS, M_pose]. In Table 5, a single token takes all three roles: every slice of M below but the empty
+    M[:, :, 2:] is that token. Without modal tokens all slices are empty.
     """
 
-    def __init__(self, s: Settings):
+    def __init__(self, s: Settings, last: bool):
         super().__init__()
         D = 4 * s.channels
+        self.queries = s.modal_tokens if last and s.modal_tokens else None
         self.deformable = self.joint = self.temporal = self.fuse = None
         if s.deformable_attention:
             self.deformable = DeformableAttention(D, s.heads, s.grid, s.kernel)
@@ -406,30 +408,32 @@ class Block(nn.Module):
             self.temporal = TemporalStrideAttention(D, s.heads, s.frames, s.temporal_window, s.temporal_stride)
 
     def forward(self, Z: Tensor, P: Tensor, M: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        rgb_cls, rest = M[:, :, :2], M[:, :, 2:]  # [M_RGB, M_CLS] and [M_pose]
+        rgb_cls, pose = M[:, :, :2], M[:, :, 2:]  # [M_RGB, M_CLS], [M_pose]
         if self.deformable is not None:
-            Z, rgb_cls = self.deformable(Z, rgb_cls)
-        cls_pose = torch.cat([rgb_cls, rest], dim=2)[:, :, -2:]  # [M'_CLS, M_pose]
+            Z, rgb_cls = self.deformable(Z, rgb_cls)  # Z, [M_RGB, M'_CLS]
+        cls_pose = torch.cat([rgb_cls, pose], dim=2)[:, :, -2:]  # [M'_CLS, M_pose]
         if self.joint is not None:
-            P, cls_pose = self.joint(P, cls_pose)
-        cls = cls_pose[:, :, :1]
+            P, cls_pose = self.joint(P, cls_pose)  # P, [M'_CLS, M_pose]
+        cls, pose = cls_pose[:, :, :1], cls_pose[:, :, 1:]  # M'_CLS of joint attention, [M_pose]
         if self.fuse is not None:
-            cls = self.fuse(torch.cat([rgb_cls[:, :, -1:], cls], dim=-1))  # both M'_CLS -> M_CLS
-        M = torch.cat([rgb_cls[:, :, :-1], cls, cls_pose[:, :, 1:]], dim=2)  # (B, T, 3, D)
-        if self.temporal is not None:
-            X = self.temporal(torch.cat([Z, P, M], dim=2))
-            Z, P, M = X.split([Z.shape[2], P.shape[2], M.shape[2]], dim=2)
-        return Z, P, M
+            cls = self.fuse(torch.cat([rgb_cls[:, :, -1:], cls], dim=-1))  # M'_CLS of both attentions -> M_CLS
+        M = torch.cat([rgb_cls[:, :, :-1], cls, pose], dim=2)  # [M_RGB, M_CLS, M_pose]
+        if self.temporal is None:
+            return Z, P, M
+        X = torch.cat([Z, P, M], dim=2)  # (B, T, h*w + R + 3, D)
+        if self.queries is not None:  # the last block: the head reads the modal tokens alone
+            return Z, P, self.temporal(X, self.queries)
+        return self.temporal(X).split([Z.shape[2], P.shape[2], M.shape[2]], dim=2)
 
 
 class D3T(nn.Module):
     """The 3D deformable transformer (Fig. 2a).
 
-    video    (B, 3, T, H, W) uint8; a float video is taken as it is: (v - model.mean) / model.std, v from 0 to 255
+    video    (B, 3, T, H, W) uint8, RGB; or float, normalised by the caller: (v - model.mean) / model.std, v in 0..255
     joints   (B, T, R, 2) float, x then y, in pixels of the video
     visible  (B, T, R) bool; the coordinates of a joint that is not visible have no effect
     returns  logits (B, classes)
-    raises   ValueError where a shape differs from the settings, or a type from the above
+    raises   ValueError for a shape that differs from the settings, or another type
     """
 
     def __init__(self, settings: Settings):
@@ -444,35 +448,35 @@ class D3T(nn.Module):
         self.norm_rgb = nn.LayerNorm(D)
 
         self.has_pose = s.joint_attention or s.temporal_attention or not s.modal_tokens
-        if self.has_pose:  # all but row 2 of Table 4: 3D deformable attention alone never looks at the joints
-            # No bias: an absent joint is zero here, and the norm multiplies the gradient of a zero token by 1/sqrt(eps)
+        if self.has_pose:  # row 2 of Table 4, 3D deformable attention alone, never looks at the joints
+            # No bias: an absent joint is zero here, and a norm multiplies the gradient of a constant by 1/sqrt(eps).
             self.embed_pose = nn.Linear(s.channels, D, bias=False)
             self.norm_pose = nn.LayerNorm(D)
             self.position_p = nn.Parameter(torch.zeros(T, s.joints, D)) if s.pose_embedding else None
 
         self.modal = nn.Parameter(torch.zeros(T, s.modal_tokens, D)) if s.modal_tokens else None
-        self.blocks = nn.ModuleList(Block(s) for _ in range(s.blocks))
+        self.blocks = nn.ModuleList(Block(s, last=i + 1 == s.blocks) for i in range(s.blocks))
         self.head = nn.Linear((s.modal_tokens or 2) * D, s.classes)
 
-        mean, std = torch.tensor([0.432, 0.395, 0.376]), torch.tensor([0.228, 0.221, 0.217])  # of Kinetics-400
-        self.register_buffer("mean", mean.view(1, 3, 1, 1, 1) * 255, persistent=False)
-        self.register_buffer("std", std.view(1, 3, 1, 1, 1) * 255, persistent=False)
+        mean, std = torch.tensor([[0.432, 0.395, 0.376], [0.228, 0.221, 0.217]]) * 255  # of Kinetics-400
+        self.register_buffer("mean", mean.view(1, 3, 1, 1, 1), persistent=False)
+        self.register_buffer("std", std.view(1, 3, 1, 1, 1), persistent=False)
         self.initialize_weights()
 
     def initialize_weights(self):
-        attentions = [module for module in self.modules() if isinstance(module, AttentionBlock)]
         for module in self.modules():
-            if isinstance(module, nn.Conv3d):  # as in R(2+1)D: keeps the variance of the gradient through a ReLU
+            if isinstance(module, nn.Conv3d):  # as in R(2+1)D: a ReLU then keeps the variance of the gradient
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-            if isinstance(module, nn.Linear):  # ViT's normal(0.02) starts far slower at C = 16
+            if isinstance(module, nn.Linear):  # ViT's normal(0.02) learns far slower at C = 16
                 nn.init.xavier_uniform_(module.weight)
             if isinstance(module, (nn.Conv3d, nn.Linear)) and module.bias is not None:
                 nn.init.zeros_(module.bias)
         for module in self.modules():
             if isinstance(module, TokenSearch):  # the search starts at the regular grid
-                nn.init.kaiming_normal_(module.conv.weight, nonlinearity="linear")  # depthwise: its fan is k^3
+                nn.init.kaiming_normal_(module.conv.weight, nonlinearity="linear")  # depthwise: the fan is k^3
                 nn.init.zeros_(module.offset.weight)
-        for attention in attentions:  # as in GPT-2: what all of them add to a token starts as large as one of them
+        attentions = [module for module in self.modules() if isinstance(module, AttentionBlock)]
+        for attention in attentions:  # as in GPT-2: the sum of what all layers add starts as large as a single one
             for last in (attention.Wo, attention.ffn[2]):
                 last.weight.data /= (2 * len(attentions)) ** 0.5
         for name, parameter in self.named_parameters():
@@ -492,9 +496,9 @@ class D3T(nn.Module):
         # Pose modality (Sec. 3.1)
         P = Z[:, :, :0]  # (B, T, 0, D)
         if self.has_pose:
-            P = self.embed_pose(joint_tokens(F_a, joints, visible, self.settings.sigma))  # (B, T, R, D)
-            P = self.norm_pose(P)
-            if self.position_p is not None:  # after the norm, which would make it all there is of an absent joint
+            P = joint_tokens(F_a, joints, visible, self.settings.sigma)  # (B, T, R, C)
+            P = self.norm_pose(self.embed_pose(P))  # (B, T, R, D)
+            if self.position_p is not None:  # after the norm, which would blow it up for an absent joint
                 P = P + self.position_p
 
         # Cross-modal tokens (Sec. 3.2)
@@ -519,89 +523,3 @@ class D3T(nn.Module):
             raise ValueError(f"video must be uint8, or {self.mean.dtype} as the weights are, not {video.dtype}")
         if visible.dtype != torch.bool:
             raise ValueError(f"visible must be bool, not {visible.dtype}")
-
-    def explain(self, video: Tensor, joints: Tensor, visible: Tensor) -> "Explanation":
-        """The logits and what led to them: see `Explanation`. `forward` pays nothing for it."""
-        return explain(self, video, joints, visible)
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# What it attends to (Fig. 5, Fig. 6)
-# --------------------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Explanation:
-    """What the modal tokens attend to in each of the L blocks, mean over heads; None where a module is absent.
-
-    Without modal tokens (Table 5) it is what all tokens attend to. A row of `frames` sums to 1, `selected` and `tokens`
-    to 1 less the share of the modal tokens, and so does `joints` in each window, before the mean over windows.
-    """
-
-    logits: Tensor  # (B, classes)
-    points: Tensor | None  # (B, L, T~, h~, w~, 3), where 3DTS reads Z, in tokens (t, h, w)
-    selected: Tensor | None  # (B, L, T~, h~, w~), attention on the tokens that 3DTS selected
-    tokens: Tensor | None  # (B, L, T, h, w), the same placed back on the tokens it was read from (Fig. 5)
-    joints: Tensor | None  # (B, L, T, R), attention on each joint, mean over its windows (Fig. 6)
-    frames: Tensor | None  # (B, L, T, T), from the modal tokens of a frame to all tokens of each frame
-
-
-def place_back(values: Tensor, points: Tensor, grid: tuple[int, int, int]) -> Tensor:
-    """The transpose of `sample_tokens`: values (B, ...) at points (B, ..., 3) -> (B, T, h, w) with the same sum."""
-    with torch.enable_grad():  # sampling is linear in Z: its gradient is its transpose
-        Z = values.new_zeros(len(values), *grid, 1).requires_grad_()
-        return torch.autograd.grad(sample_tokens(Z, points), Z, values[..., None])[0][..., 0]
-
-
-@torch.no_grad()
-def explain(model: D3T, video: Tensor, joints: Tensor, visible: Tensor) -> Explanation:
-    """Run the model as `forward` does, keep what went into each attention and search, and attend once more.
-
-    Not in training mode, which would move the averages of the batch norms, and not under `torch.inference_mode`:
-    placing attention back on the tokens takes a gradient.
-    """
-    if model.training:
-        raise RuntimeError("explain needs a model in evaluation mode: call model.eval() before")
-    went_in = {}
-
-    def remember(module, inputs):
-        went_in[module] = inputs
-
-    watched = [module for module in model.modules() if isinstance(module, (AttentionBlock, TokenSearch))]
-    hooks = [module.register_forward_pre_hook(remember) for module in watched]
-    try:
-        logits = model.forward(video, joints, visible)  # not a compiled call, whose graph would pass the hooks by
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-    def given_by_modal(attention, frames, modal):
-        """Weights (B, queries, m) of the last tokens of each frame, or of all its tokens where modal is 0."""
-        X, X_ = went_in[attention]
-        return attention.attention_map(X.unflatten(1, (frames, -1))[:, :, -modal:].flatten(1, 2), X_)
-
-    s, maps = model.settings, {name: [] for name in ("points", "selected", "tokens", "joints", "frames")}
-    B, T, two = len(video), s.frames, min(s.modal_tokens, 2)
-    for block in model.blocks:
-        if block.deformable is not None:
-            points = block.deformable.search.points(*went_in[block.deformable.search])
-            given = given_by_modal(block.deformable.attention, T, two).mean(1)  # by [M_RGB, M_CLS]
-            selected = given[:, : points.shape[1:-1].numel()].view(points.shape[:-1])  # (B, T~, h~, w~)
-            maps["points"].append(points)
-            maps["selected"].append(selected)
-            maps["tokens"].append(place_back(selected, points, s.grid))
-        if block.joint is not None:
-            n, window = block.joint.index.shape
-            given = given_by_modal(block.joint.attention, T, two).mean(1)  # by [M'_CLS, M_pose]
-            given = given.view(B, n, T, -1)[..., :window]  # (B, n, T, window)
-            maps["joints"].append(mean_of_windows(given, block.joint.index, dim=2, length=s.joints))
-        if block.temporal is not None:
-            index = block.temporal.index
-            n, window = index.shape
-            given = given_by_modal(block.temporal.attention, window, s.modal_tokens)  # by M
-            given = given.unflatten(2, (window, -1)).sum(-1)  # (B*n, queries, window), to each frame
-            given = given.unflatten(1, (window, -1)).mean(2).view(B, n, window, window)  # from frame to frame
-            rows = given.new_zeros(B, n, window, T)
-            rows = rows.scatter(3, index[None, :, None].expand_as(given), given)  # (B, n, window, T)
-            maps["frames"].append(mean_of_windows(rows, index, dim=1, length=T))
-    return Explanation(logits, **{name: torch.stack(of, dim=1) if of else None for name, of in maps.items()})
