@@ -1,11 +1,11 @@
-"""Rerun an ablation of the paper: Table 4 (attentions), Table 5 (modal tokens), Fig. 7a (windows), Fig. 7b (frames).
+"""Run an ablation of the paper: Table 4 (attentions), Table 5 (modal tokens), Fig. 7a (windows) or Fig. 7b (frames).
 
     python -m tools.ablate table4                                       # the synthetic set
     python -m tools.ablate fig7b --data pennaction --preset small       # flags of train.py, for every row
 
-Every row is trained by `train.py` with the same budget and the same seeds, in a folder of its own; rows that two
-tables share are trained once. The same command goes on where it was interrupted. It ends with a table (markdown) and,
-for Figure 7, a plot. A figure is the top-1 of the last epoch, not of the best.
+Every row is trained by `train.py` with the same budget and seeds, in a folder of its own; a row that two ablations
+share is trained once. The same command goes on where it was interrupted. At the end it writes a table in markdown and,
+for Fig. 7, a plot. A figure is the top-1 after the last epoch, not of the best one.
 """
 
 import argparse
@@ -18,108 +18,112 @@ import sys
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, fields
 from pathlib import Path
-from statistics import mean, stdev
+
+import numpy as np
 
 import data
 import train
 from d3t import Settings, window_index
 
-ABLATIONS = ("table4", "table5", "fig7a", "fig7b")
+TABLES = {  # row, flags of train.py ("" for the unchanged model), the paper's top-1 on Penn Action
+    "table4": [
+        ("1 no 3D deformable attention", "--no-deformable-attention", "94.8"),
+        ("2 3D deformable attention alone", "--no-joint-attention --no-temporal-attention", "97.9"),
+        ("3 no joint stride attention", "--no-joint-attention", "98.2"),
+        ("4 no temporal stride attention", "--no-temporal-attention", "98.5"),
+        ("all three", "", "99.7"),
+    ],
+    "table5": [
+        ("no tokens", "--modal-tokens 0", "92.2"),
+        ("single token", "--modal-tokens 1", "97.0"),
+        ("cross-modal tokens", "", "99.7"),
+    ],
+}
+ABLATIONS = (*TABLES, "fig7a", "fig7b")
 
 
 @dataclass
 class Row:
     name: str
-    flags: str  # of train.py; none for the model as it is, with which the others are compared
-    paper: str = ""  # top-1 on Penn Action, where the paper gives a number
+    flags: str
+    paper: str = ""
     line: str = ""  # of the plot
-    x: float = 0.0
+    x: int = 0
 
 
 def rows_of(ablation: str, settings: Settings) -> list[Row]:
-    if ablation == "table4":
-        return [
-            Row("1 no 3D deformable attention", "--no-deformable-attention", "94.8"),
-            Row("2 3D deformable attention alone", "--no-joint-attention --no-temporal-attention", "97.9"),
-            Row("3 no joint stride attention", "--no-joint-attention", "98.2"),
-            Row("4 no temporal stride attention", "--no-temporal-attention", "98.5"),
-            Row("all three", "", "99.7"),
-        ]
-    if ablation == "table5":
-        return [
-            Row("no tokens", "--modal-tokens 0", "92.2"),
-            Row("single token", "--modal-tokens 1", "97.0"),
-            Row("cross-modal tokens", "", "99.7"),
-        ]
+    """In Fig. 7a, of several strides that make the same windows, and so the same model, one has a row."""
+    if ablation in TABLES:
+        return [Row(*row) for row in TABLES[ablation]]
     if ablation == "fig7b":
         lengths = sorted({4, 6, 8, 12, settings.frames})
-        return [Row(f"{T} frames", "" if settings.frames == T else f"--frames {T}", x=T) for T in lengths]
-    own = settings.temporal_window, settings.temporal_stride
-    pairs = {(window, stride) for window in (2, 4, 6) for stride in (1, window // 2, window)} | {own}
-    rows = {}  # by the windows they make: where these are the same, so is the model
-    for window, stride in sorted(pairs, key=lambda pair: (pair != own, pair)):
+        return [Row(f"{T} frames", "" if T == settings.frames else f"--frames {T}", x=T) for T in lengths]
+    unchanged, rows = (settings.temporal_window, settings.temporal_stride), {}
+    pairs = {(window, stride) for window in (2, 4, 6) for stride in (1, window // 2, window)} | {unchanged}
+    for window, stride in sorted(pairs, key=lambda pair: (pair != unchanged, pair)):  # the unchanged model first
         if window <= settings.frames:
-            flags = "" if (window, stride) == own else f"--temporal-window {window} --temporal-stride {stride}"
-            row = Row(f"window {window}, stride {stride}", flags, line=f"window {window}", x=stride)
-            rows.setdefault(str(window_index(settings.frames, window, stride).tolist()), row)
+            flags = f"--temporal-window {window} --temporal-stride {stride}"
+            flags = "" if (window, stride) == unchanged else flags
+            windows = str(window_index(settings.frames, window, stride).tolist())
+            rows.setdefault(windows, Row(f"window {window}, stride {stride}", flags, line=f"window {window}", x=stride))
     return sorted(rows.values(), key=lambda row: (row.line, row.x))
 
 
 def train_row(folder: Path, words: list[str], jobs: int) -> float:
-    """Run `train.py`, or what is left of that run, in this folder; top-1 after its last epoch, in percent."""
-    go_on = "--resume" if (folder / "last.pt").exists() else "--overwrite"  # the same if it is finished; else an error
-    command = [sys.executable, train.__file__, *words, "--out", str(folder), go_on]
+    """Start `train.py` in this folder or go on with its run; returns the top-1 after the last epoch, in percent."""
+    command = [sys.executable, train.__file__, *words, "--out", str(folder), "--resume"]
     threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))}  # unless it is set
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "output.txt").open("a") as output:
         done = subprocess.run(command, env=threads | os.environ, stdout=output, stderr=output)
     if done.returncode:
-        said = (folder / "output.txt").read_text().strip().splitlines()
-        raise train.UsageError(f"{folder} ended with status {done.returncode}: {said[-1] if said else ''}")
+        lines = (folder / "output.txt").read_text().strip().splitlines()
+        raise train.UsageError(f"{folder} ended with status {done.returncode}: {lines[-1] if lines else ''}")
     top1 = 100 * json.loads((folder / "log.jsonl").read_text().splitlines()[-1])["top1"]
     print(f"{folder}: {top1:.2f}", flush=True)
     return top1
 
 
-def train_rows(rows: list[Row], place: Path, shared: list[str], seeds: list[int], jobs: int) -> list[list[float]]:
-    """Top-1 by row and seed."""
-    pool, found = ThreadPoolExecutor(jobs), []
-    for row in rows:
-        folder = place / (row.flags.replace("--", "").replace(" ", "-") or "as-it-is")
-        runs = ((folder / f"seed-{seed}", [*shared, *row.flags.split(), "--seed", str(seed)]) for seed in seeds)
-        found.append([pool.submit(train_row, *run, jobs) for run in runs])
+def train_rows(rows: list[Row], place: Path, shared: list[str], seeds: list[int], jobs: int) -> np.ndarray:
+    """Top-1 (rows, seeds). After an error no other run starts; on Ctrl-C those that train save and stop."""
+    pool, runs = ThreadPoolExecutor(jobs), []
+    for row, seed in itertools.product(rows, seeds):
+        folder = place / (row.flags.replace("--", "").replace(" ", "-") or "unchanged") / f"seed-{seed}"
+        runs.append(pool.submit(train_row, folder, [*shared, *row.flags.split(), "--seed", str(seed)], jobs))
     try:
-        for future in as_completed(itertools.chain(*found)):
-            future.result()
-    finally:  # no other run is started after one that failed, which is told at once; on Ctrl-C they save themselves
+        for run in as_completed(runs):
+            run.result()
+    finally:
         pool.shutdown(wait=False, cancel_futures=True)
-    return [[future.result() for future in row] for row in found]
+    return np.array([run.result() for run in runs]).reshape(len(rows), len(seeds))
 
 
-def table(rows: list[Row], found: list[list[float]]) -> str:
-    """A difference counts as beyond the spread where the seeds of both rows do not overlap."""
+def table(rows: list[Row], found: np.ndarray) -> str:
+    """A difference is beyond the spread if the seeds of both rows do not overlap."""
     base = next(top1 for row, top1 in zip(rows, found) if not row.flags)
-    cells = [["row", "flags", "top-1, mean ± sd", "lowest .. highest", "difference", "beyond the spread", "paper"]]
-    cells.append(["---"] * len(cells[0]))
+    lines = ["| row | flags | top-1, mean ± sd | lowest .. highest | difference | beyond the spread | paper |"]
+    lines.append("| --- " * 7 + "|")
     for row, top1 in zip(rows, found):
-        sd = f" ± {stdev(top1):.2f}" if len(top1) > 1 else ""
-        spread = [f"{mean(top1):.2f}{sd}", f"{min(top1):.2f} .. {max(top1):.2f}"]
-        apart = "yes" if min(top1) > max(base) or max(top1) < min(base) else "no"
-        compared = [f"{mean(top1) - mean(base):+.2f}", apart] if row.flags else ["", ""]
-        cells.append([row.name, f"`{row.flags}`" if row.flags else "", *spread, *compared, row.paper])
-    return "\n".join(f"| {' | '.join(line)} |" for line in cells)
+        sd = f" ± {top1.std(ddof=1):.2f}" if len(top1) > 1 else ""
+        spread = [f"{top1.mean():.2f}{sd}", f"{top1.min():.2f} .. {top1.max():.2f}"]
+        apart = "yes" if top1.min() > base.max() or top1.max() < base.min() else "no"
+        compared = [f"{top1.mean() - base.mean():+.2f}", apart] if row.flags else ["", ""]
+        cells = [row.name, f"`{row.flags}`" if row.flags else "", *spread, *compared, row.paper]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
-def plot(rows: list[Row], found: list[list[float]], x: str, path: Path):
+def plot(rows: list[Row], found: np.ndarray, x: str, path: Path):
     """Fig. 7: mean over the seeds, bars from the lowest to the highest."""
     plt = data.need("matplotlib.pyplot", "matplotlib", "to draw the plot")
     plt.switch_backend("agg")
     figure, axis = plt.subplots(figsize=(5, 3.2))
     for line, marker in zip(dict.fromkeys(row.line for row in rows), "os^v"):
-        some = [(row.x, top1) for row, top1 in zip(rows, found) if row.line == line]
-        middle = [mean(top1) for _, top1 in some]
-        reach = [[m - min(t) for m, (_, t) in zip(middle, some)], [max(t) - m for m, (_, t) in zip(middle, some)]]
-        axis.errorbar([x for x, _ in some], middle, reach, marker=marker, capsize=3, label=line)
+        chosen = [i for i, row in enumerate(rows) if row.line == line]
+        top1 = found[chosen]
+        middle, low, high = top1.mean(1), top1.min(1), top1.max(1)
+        bars = middle - low, high - middle
+        axis.errorbar([rows[i].x for i in chosen], middle, bars, marker=marker, capsize=3, label=line)
     axis.set(xlabel=x, ylabel="top-1 (%)", xticks=sorted({row.x for row in rows}))
     axis.grid(alpha=0.3)
     if rows[0].line:
@@ -128,7 +132,34 @@ def plot(rows: list[Row], found: list[list[float]], x: str, path: Path):
     plt.close(figure)
 
 
+def run(options: argparse.Namespace, shared: list[str], words: list[str]):
+    """Train the rows of one ablation and write their table; UsageError for flags that do not go together."""
+    if options.jobs < 1:
+        raise train.UsageError(f"--jobs must be 1 or more, not {options.jobs}")
+    if options.what.startswith("fig"):
+        data.need("matplotlib", "matplotlib", "to draw the plot")
+    flags, given = train.parse_args(shared)
+    values = train.preset(flags.preset) | given
+    if values["seed"] or flags.resume or flags.overwrite or flags.eval or flags.stop_after < math.inf:
+        raise train.UsageError("--seed, --resume, --overwrite, --eval and --stop-after: not here; there is --seeds")
+    try:
+        settings = Settings(**{f.name: values[f.name] for f in fields(Settings) if f.name in values})
+    except ValueError as error:
+        raise train.UsageError(str(error)) from None
+    place = options.out / "-".join([flags.data, *shared]).replace("--", "").replace("/", "_")
+    rows = rows_of(options.what, settings)
+    shared = ["--preset", flags.preset, *shared]  # so that --resume compares all settings with the checkpoint's
+    found = train_rows(rows, place, shared, options.seeds, options.jobs)
+    text = f"`python -m tools.ablate {' '.join(words)}`\n\n{table(rows, found)}\n"
+    (place / f"{options.what}.md").write_text(text)
+    print(f"\n{text}")
+    if options.what.startswith("fig"):
+        plot(rows, found, "stride" if options.what == "fig7a" else "frames", place / f"{options.what}.png")
+    print(f"in {place}")
+
+
 def main(words: list[str] | None = None) -> int:
+    words = sys.argv[1:] if words is None else words
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -138,28 +169,7 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("ablations"), metavar="DIR", help="[ablations]")
     options, shared = parser.parse_known_args(words)
     try:
-        if options.jobs < 1:
-            raise train.UsageError(f"--jobs must be 1 or more, not {options.jobs}")
-        if options.what.startswith("fig"):
-            data.need("matplotlib", "matplotlib", "to draw the plot")
-        flags, given = train.parse_args(shared)
-        values = train.preset(flags.preset) | given
-        if values["seed"] or flags.resume or flags.overwrite or flags.eval or flags.stop_after < math.inf:
-            raise train.UsageError("--seed, --resume, --overwrite, --eval and --stop-after: not here; there is --seeds")
-        try:
-            settings = Settings(**{f.name: values[f.name] for f in fields(Settings) if f.name in values})
-        except ValueError as error:
-            raise train.UsageError(str(error)) from None
-        place = options.out / "-".join([flags.data, *shared]).replace("--", "").replace("/", "_")
-        rows = rows_of(options.what, settings)
-        shared = ["--preset", flags.preset, *shared]  # so that --resume compares all but the batch with what is there
-        found = train_rows(rows, place, shared, options.seeds, options.jobs)
-        text = f"`python -m tools.ablate {' '.join(words or sys.argv[1:])}`\n\n{table(rows, found)}\n"
-        (place / f"{options.what}.md").write_text(text)
-        print(f"\n{text}")
-        if options.what.startswith("fig"):
-            plot(rows, found, "stride" if options.what == "fig7a" else "frames", place / f"{options.what}.png")
-        print(f"in {place}")
+        run(options, shared, words)
         return 0
     except (train.UsageError, data.DataError, OSError) as error:
         print(f"tools.ablate: {error}", file=sys.stderr)

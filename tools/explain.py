@@ -1,29 +1,250 @@
-"""See what a trained D3T attends to: Figures 5 and 6 of the paper for chosen clips, as pictures and as arrays.
+"""Draw what a trained D3T attends to: Figures 5 and 6 of the paper for chosen clips, as pictures and as arrays.
 
     python -m tools.explain runs/synthetic/best.pt --clips 0 17
 
-writes to --out, for each clip of the test split: NAME-tokens.png (Fig. 5: attention on the tokens that 3DTS selected,
-placed back where they were read, and the points), NAME-joints.png (Fig. 6: attention on each joint in each frame),
-NAME-overview.png (attention between frames, the Gaussian of a joint, the classes) and NAME.npz with the arrays; and
-curve.png, the loss and accuracy of the run.
+writes to --out, for each clip of the test split:
 
-    python -m tools.explain runs/synthetic/best.pt --boxes 100
+    NAME-tokens.png    Fig. 5: attention on the tokens that 3DTS selected, placed back where they were read; the points
+    NAME-joints.png    Fig. 6: attention on each joint in each frame
+    NAME-overview.png  attention between frames, the Gaussian of one joint, the likeliest classes
+    NAME.npz           the arrays of `Explanation`, the label and the probabilities
 
-measures on the synthetic clips, where two figures act, whether the attention goes to the one that the joints follow.
+In code, `explain(model, video, joints, visible)` returns an `Explanation`.
 """
 
 import argparse
-import json
 import sys
-from dataclasses import replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
+import d3t
 import data
 import train
-from d3t import D3T, Settings, joint_heatmaps
+from d3t import D3T, AttentionBlock, Settings, TokenSearch, mean_of_windows
+
+CELL = 8  # pixels from one RGB token to the next; token i is centred on pixel 8 i, as the trunk's odd kernels see it
+
+# --------------------------------------------------------------------------------------------------------------------
+# The attention of the modal tokens
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Explanation:
+    """What the modal tokens attend to in each of the L blocks, mean over heads; None where an attention is disabled.
+
+    Without modal tokens (Table 5) it is what all tokens attend to. A row of `frames` sums to 1. `selected` and `tokens`
+    sum to 1 less the share of the modal tokens, and so does `joints` within each window, before the mean over windows.
+    """
+
+    logits: Tensor  # (B, classes)
+    points: Tensor | None  # (B, L, T~, h~, w~, 3), where 3DTS reads Z, in tokens (t, h, w)
+    selected: Tensor | None  # (B, L, T~, h~, w~), attention on the tokens that 3DTS selected
+    tokens: Tensor | None  # (B, L, T, h, w), the same placed back on the tokens it was read from (Fig. 5)
+    joints: Tensor | None  # (B, L, T, R), attention on each joint, mean over its windows (Fig. 6)
+    frames: Tensor | None  # (B, L, T, T), from the modal tokens of a frame to all tokens of each frame
+
+
+@torch.no_grad()
+def explain(model: D3T, video: Tensor, joints: Tensor, visible: Tensor) -> Explanation:
+    """Run the model, record the inputs of each attention and token search, and compute the attention maps from them.
+
+    Raises RuntimeError in training mode, where a forward would change the averages of the batch norms. It does not
+    work under `torch.inference_mode`, because placing attention back on the tokens takes a gradient.
+    """
+    if model.training:
+        raise RuntimeError("explain needs a model in evaluation mode: call model.eval() first")
+    logits, recorded = record_inputs(model, video, joints, visible)
+    s = model.settings
+    maps = {name: [] for name in ("points", "selected", "tokens", "joints", "frames")}
+    for block in model.blocks:
+        if block.deformable is not None:
+            points, selected = selected_tokens(block.deformable, recorded, s)
+            maps["points"].append(points)
+            maps["selected"].append(selected)
+            maps["tokens"].append(place_back(selected, points, s.grid))
+        if block.joint is not None:
+            maps["joints"].append(attended_joints(block.joint, recorded, s))
+        if block.temporal is not None:
+            maps["frames"].append(attended_frames(block.temporal, recorded, s))
+    return Explanation(logits, **{name: torch.stack(of, dim=1) if of else None for name, of in maps.items()})
+
+
+def record_inputs(model: D3T, *inputs: Tensor) -> tuple[Tensor, dict]:
+    """Logits, and the inputs of each attention and token search by module."""
+    recorded = {}
+
+    def record(module, inputs):
+        recorded[module] = inputs
+
+    watched = [module for module in model.modules() if isinstance(module, (AttentionBlock, TokenSearch))]
+    hooks = [module.register_forward_pre_hook(record) for module in watched]
+    try:
+        logits = model.forward(*inputs)  # model(*inputs) of a compiled model would run its graph, without the hooks
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return logits, recorded
+
+
+def attention_map(attention: AttentionBlock, X: Tensor, X_: Tensor) -> Tensor:
+    """The weights of Eq. (6), which `msa` does not keep: (B, n, m), mean over the heads; each row sums to 1."""
+    q, k = attention.split(attention.Wq(X)), attention.split(attention.Wk(X_))
+    return (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).softmax(-1).mean(1)
+
+
+def modal_map(attention: AttentionBlock, recorded: dict, frames: int, modal: int) -> Tensor:
+    """Attention map of the last `modal` tokens of each frame, or of all its tokens if modal is 0, as their mean.
+
+    Returns (B, frames, m). In the last block only the modal tokens ask in the temporal attention: there these are all.
+    """
+    X, X_ = recorded[attention]
+    asking = X.unflatten(1, (frames, -1))[:, :, -modal:]  # (B, frames, modal, D)
+    return attention_map(attention, asking.flatten(1, 2), X_).unflatten(1, (frames, -1)).mean(2)
+
+
+def selected_tokens(deformable: d3t.DeformableAttention, recorded: dict, s: Settings) -> tuple[Tensor, Tensor]:
+    """Points of 3DTS (B, T~, h~, w~, 3), and the attention of [M_RGB, M_CLS] on the tokens selected there."""
+    points = deformable.search.points(*recorded[deformable.search])
+    given = modal_map(deformable.attention, recorded, s.frames, min(s.modal_tokens, 2)).mean(1)
+    return points, given[:, : points.shape[1:-1].numel()].view(points.shape[:-1])
+
+
+def place_back(values: Tensor, points: Tensor, grid: tuple[int, int, int]) -> Tensor:
+    """The transpose of `sample_tokens`: values (B, ...) at points (B, ..., 3) -> (B, T, h, w) with the same sum."""
+    with torch.enable_grad():  # sampling is linear in Z, so its gradient is its transpose
+        Z = values.new_zeros(len(values), *grid, 1).requires_grad_()
+        return torch.autograd.grad(d3t.sample_tokens(Z, points), Z, values[..., None])[0][..., 0]
+
+
+def attended_joints(joint: d3t.JointStrideAttention, recorded: dict, s: Settings) -> Tensor:
+    """Attention of [M'_CLS, M_pose] on each joint, mean over its windows: (B, T, R)."""
+    n, window = joint.index.shape
+    given = modal_map(joint.attention, recorded, s.frames, min(s.modal_tokens, 2)).mean(1)  # (B*n, T*(window + 2))
+    given = given.view(-1, n, s.frames, window + min(s.modal_tokens, 2))[..., :window]  # (B, n, T, window)
+    return mean_of_windows(given, joint.index, dim=2, length=s.joints)
+
+
+def attended_frames(temporal: d3t.TemporalStrideAttention, recorded: dict, s: Settings) -> Tensor:
+    """Attention of the modal tokens of a frame on all tokens of each frame, mean over the windows: (B, T, T)."""
+    n, window = temporal.index.shape
+    given = modal_map(temporal.attention, recorded, window, s.modal_tokens)  # (B*n, window, window*N)
+    given = given.unflatten(2, (window, -1)).sum(-1).unflatten(0, (-1, n))  # (B, n, window, window)
+    rows = given.new_zeros(*given.shape[:3], s.frames)
+    rows = rows.scatter(3, temporal.index[None, :, None].expand_as(given), given)  # (B, n, window, T)
+    return mean_of_windows(rows, temporal.index, dim=1, length=s.frames)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Pictures
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def show_frame(axis, item: dict, t: int):
+    axis.imshow(item["video"][:, t].permute(1, 2, 0))
+    axis.set(xticks=[], yticks=[])
+
+
+def draw_tokens(plt, item: dict, found: dict, path: Path):
+    """Fig. 5: a row for each block and one for their mean; points are drawn in the frame that is nearest in time."""
+    frames, height, width = item["video"].shape[1:]
+    rows = [(f"block {i + 1}", maps) for i, maps in enumerate(found["tokens"])] + [("mean", found["tokens"].mean(0))]
+    size = 1.4 * frames + 1.2, 1.4 * len(rows) * height / width + 0.5
+    figure, axes = plt.subplots(len(rows), frames, figsize=size, squeeze=False, layout="constrained")
+    for row, (name, maps) in enumerate(rows):
+        h, w = maps.shape[1:]
+        edges = (-CELL / 2 - 0.5, CELL * w - CELL / 2 - 0.5, CELL * h - CELL / 2 - 0.5, -CELL / 2 - 0.5)
+        for t, axis in enumerate(axes[row]):
+            show_frame(axis, item, t)
+            share = maps[t] / maps.max()
+            image = axis.imshow(share, extent=edges, cmap="cividis", alpha=0.55, vmin=0, vmax=1)
+            axis.set(xlim=(-0.5, width - 0.5), ylim=(height - 0.5, -0.5))
+            if name != "mean":
+                points = found["points"][row].reshape(-1, 3)
+                _, y, x = CELL * points[np.rint(points[:, 0]) == t].T
+                axis.scatter(x, y, s=12, c="white", edgecolors="black", linewidths=0.6)
+        axes[row, 0].set_ylabel(name, fontsize=8)
+    for t, axis in enumerate(axes[0]):
+        axis.set_title(f"frame {t}", fontsize=8)
+    bar = figure.colorbar(image, ax=axes, aspect=30)
+    bar.set_label("attention, of the largest in the row", fontsize=8)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def draw_joints(plt, item: dict, found: dict, names: list[str], path: Path):
+    """Fig. 6: the joints on the frames, and below them joints x frames as a heat map in the same colours."""
+    share, visible = found["joints"].mean(0), item["visible"].numpy()
+    frames, colours = len(share), dict(cmap="cividis", vmin=0, vmax=share.max())
+    heights = 1.4, 0.17 * len(names)
+    figure = plt.figure(figsize=(1.4 * frames + 2.2, sum(heights) + 1), layout="constrained")
+    grid = figure.add_gridspec(2, frames + 1, height_ratios=heights, width_ratios=[1] * frames + [0.1])
+    for t in range(frames):
+        axis = figure.add_subplot(grid[0, t])
+        show_frame(axis, item, t)
+        x, y = item["joints"][t, visible[t]].T
+        axis.scatter(x, y, s=30, c=share[t, visible[t]], edgecolors="white", **colours)
+        axis.set_title(f"frame {t}", fontsize=8)
+    axis = figure.add_subplot(grid[1, :frames])
+    image = axis.imshow(np.where(visible, share, np.nan).T, aspect="auto", **colours)
+    axis.set_facecolor("lightgrey")
+    axis.set(xticks=range(frames), xlabel="frame (grey: the joint is not visible)")
+    axis.set_yticks(range(len(names)), names, fontsize=7)
+    figure.colorbar(image, cax=figure.add_subplot(grid[1, frames]), label="attention")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def draw_overview(plt, item: dict, found: dict, model: D3T, source: data.Source, path: Path):
+    """Attention between frames, the Gaussian of a visible joint over F_a, and the likeliest classes."""
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(11, 3.2), layout="constrained")
+    if "frames" in found:
+        image = left.imshow(found["frames"].mean(0), cmap="cividis", vmin=0)
+        figure.colorbar(image, ax=left)
+        ticks = range(len(item["joints"]))
+        left.set(title="attention between frames", xlabel="to frame", ylabel="from frame", xticks=ticks, yticks=ticks)
+    else:
+        left.axis("off")
+
+    joint = int(item["visible"][0].float().argmax())
+    height, width = (-(-side // 2) for side in item["video"].shape[2:])
+    heat = d3t.joint_heatmaps(item["joints"][None], item["visible"][None], (height, width), 2, model.settings.sigma)
+    show_frame(middle, item, 0)
+    edges = (-1, 2 * width - 1, 2 * height - 1, -1)  # cell i is centred on pixel 2 i
+    middle.imshow(heat[0, 0, joint], extent=edges, cmap="cividis", alpha=0.6)
+    middle.set(title=f"Eq. (2), {source.joint_names[joint]}, frame 0")
+
+    best = found["probabilities"].argsort()[-5:]  # the likeliest last, which is drawn on top
+    right.barh([source.classes[i] for i in best], found["probabilities"][best])
+    right.set(xlim=(0, 1), xlabel="probability", title=f"label: {source.classes[item['label']]}")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def draw_clip(plt, item: dict, model: D3T, source: data.Source, folder: Path):
+    """Write the pictures and arrays of one clip, and print what the model takes it for."""
+    explanation = explain(model, item["video"][None], item["joints"][None], item["visible"][None])
+    found = {name: value[0].numpy() for name, value in vars(explanation).items() if value is not None}
+    found["probabilities"] = explanation.logits[0].softmax(-1).numpy()
+    stem = folder / item["name"].replace(" ", "-").replace("/", "-")
+    np.savez(f"{stem}.npz", label=item["label"], **found)
+    if "tokens" in found:
+        draw_tokens(plt, item, found, Path(f"{stem}-tokens.png"))
+    if "joints" in found:
+        draw_joints(plt, item, found, source.joint_names, Path(f"{stem}-joints.png"))
+    draw_overview(plt, item, found, model, source, Path(f"{stem}-overview.png"))
+    guess = found["probabilities"].argmax()
+    sure, label = found["probabilities"][guess], source.classes[item["label"]]
+    print(f"{item['name']}: {source.classes[guess]} ({sure:.1%}), label {label}")
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Command line
+# --------------------------------------------------------------------------------------------------------------------
 
 
 def load_model(path: Path, options: argparse.Namespace) -> tuple[D3T, data.Source, data.Dataset]:
@@ -31,220 +252,45 @@ def load_model(path: Path, options: argparse.Namespace) -> tuple[D3T, data.Sourc
     saved = train.load_checkpoint(path)
     options.data = options.data or saved["data"]
     source = data.load(options)
-    settings = Settings(**saved["settings"])
-    if (settings.classes, settings.joints) != (len(source.classes), len(source.joint_names)):
+    s = Settings(**saved["settings"])
+    if (s.classes, s.joints) != (len(source.classes), len(source.joint_names)):
         raise train.UsageError(
-            f"{path} knows {settings.classes} classes and {settings.joints} joints, {options.data} has "
-            f"{len(source.classes)} and {len(source.joint_names)}: use --data {saved['data']}"
+            f"{path} has {s.classes} classes and {s.joints} joints, {options.data} has {len(source.classes)} "
+            f"and {len(source.joint_names)}: use --data {saved['data']}"
         )
-    model = D3T(settings)
-    with train.blame(f"{path} does not fit"):
-        model.load_state_dict(saved["model"])
-    clips = data.Dataset(source, "test", settings.frames, settings.height, settings.width)
-    return model.eval(), source, clips
-
-
-def draw_tokens(plt, item: dict, said: dict, path: Path):
-    """Fig. 5: a row for each block and one for their mean; points are drawn in the frame that is nearest in time."""
-    frames, size = item["video"].shape[1], item["video"].shape[2:]
-    rows = [(f"block {i + 1}", m) for i, m in enumerate(said["tokens"])] + [("mean", said["tokens"].mean(0))]
-    figure, axes = plt.subplots(len(rows), frames, figsize=(1.6 * frames + 0.6, 1.7 * len(rows) + 0.4), squeeze=False)
-    image = None
-    for row, (name, maps) in enumerate(rows):
-        for t, axis in enumerate(axes[row]):
-            axis.imshow(item["video"][:, t].permute(1, 2, 0), extent=(-0.5, size[1] - 0.5, size[0] - 0.5, -0.5))
-            h, w = maps.shape[1:]
-            edges = (-4.5, 8 * w - 4.5, 8 * h - 4.5, -4.5)  # token i is centred on pixel 8 i, as the trunk sees it
-            image = axis.imshow(maps[t], extent=edges, cmap="cividis", alpha=0.55, vmin=0, vmax=maps.max(), zorder=1)
-            axis.set(xlim=(-0.5, size[1] - 0.5), ylim=(size[0] - 0.5, -0.5), xticks=[], yticks=[])
-            if row == 0:
-                axis.set_title(f"frame {t}", fontsize=8)
-            if name != "mean":
-                points = said["points"][row].reshape(-1, 3)
-                near = points[np.rint(points[:, 0]) == t]
-                axis.scatter(
-                    8 * near[:, 2], 8 * near[:, 1], s=12, c="white", edgecolors="black", linewidths=0.6, zorder=2
-                )
-        axes[row, 0].set_ylabel(name, fontsize=8)
-    figure.colorbar(image, ax=axes, shrink=0.8, label="attention").set_ticks([])
-    figure.savefig(path, dpi=110, bbox_inches="tight")
-    plt.close(figure)
-
-
-def draw_joints(plt, item: dict, said: dict, names: list[str], path: Path):
-    """Fig. 6: joint names x frames as a heat map, and the joints on the frames in the same colours."""
-    share, visible = said["joints"].mean(0), item["visible"].numpy()
-    frames = len(share)
-    figure = plt.figure(figsize=(1.6 * frames + 2.5, 1.9 + 0.2 * len(names)))
-    grid = figure.add_gridspec(2, frames, height_ratios=(1.6, 0.2 * len(names)))
-    for t in range(frames):
-        axis = figure.add_subplot(grid[0, t])
-        axis.imshow(item["video"][:, t].permute(1, 2, 0))
-        x, y = item["joints"][t, visible[t]].T
-        axis.scatter(x, y, s=30, c=share[t, visible[t]], cmap="cividis", vmin=0, vmax=share.max(), edgecolors="white")
-        axis.set_title(f"frame {t}", fontsize=8)
-        axis.set(xticks=[], yticks=[])
-    axis = figure.add_subplot(grid[1, :])
-    image = axis.imshow(np.where(visible, share, np.nan).T, cmap="cividis", vmin=0, vmax=share.max(), aspect="auto")
-    axis.set_facecolor("lightgrey")  # a joint that is not visible
-    axis.set(yticks=range(len(names)), xticks=range(frames), xlabel="frame (grey: not visible)")
-    axis.set_yticklabels(names, fontsize=7)
-    figure.colorbar(image, ax=axis, label="attention")
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-
-
-def draw_overview(plt, item: dict, said: dict, model: D3T, source: data.Source, path: Path):
-    """Attention between frames, the Gaussian of a visible joint over F_a, and the likeliest classes."""
-    figure, axes = plt.subplots(1, 3, figsize=(11, 3.2))
-    if "frames" in said:
-        image = axes[0].imshow(said["frames"].mean(0), cmap="cividis", vmin=0)
-        figure.colorbar(image, ax=axes[0])
-    axes[0].set(title="attention between frames", xlabel="to frame", ylabel="from frame")
-    joint = int(item["visible"][0].float().argmax())
-    size = [-(-side // 2) for side in item["video"].shape[2:]]
-    heat = joint_heatmaps(item["joints"][None], item["visible"][None], size, 2, model.settings.sigma)[0, 0, joint]
-    axes[1].imshow(item["video"][:, 0].permute(1, 2, 0))
-    axes[1].imshow(heat, extent=(-1.5, 2 * size[1] - 1.5, 2 * size[0] - 1.5, -1.5), cmap="cividis", alpha=0.6)
-    axes[1].set_title(f"Eq. (2), {source.joint_names[joint]}, frame 0", fontsize=10)
-    axes[1].set(xticks=[], yticks=[], xlim=(-0.5, 2 * size[1] - 1.5), ylim=(2 * size[0] - 1.5, -0.5))
-    best = said["probabilities"].argsort()[::-1][:5]
-    axes[2].barh([source.classes[i] for i in best][::-1], said["probabilities"][best][::-1], color="tab:blue")
-    axes[2].set(xlim=(0, 1), xlabel="probability", title=f"label: {source.classes[item['label']]}")
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-
-
-def box_shares(model: D3T, clips: data.Dataset, count: int) -> dict[str, np.ndarray]:
-    """Share of what the model attends to in the box of the actor and in that of the other figure: (2 * count, 2) each.
-
-    Each clip is shown twice, with the joints on the one and on the other of its two figures. The pixels are the same,
-    so a difference between the boxes is due to the joints alone.
-    """
-    shares = {}
-    for clip in clips.clips[:count]:
-        whole = [replace(clip, joints=np.float32(f), visible=np.ones(f.shape[:2], bool)) for f in clip.media[0]]
-        crops = [clips.load(figure, np.random.default_rng(0))["joints"] for figure in whole]  # all joints of both
-        low, high = (torch.stack([f(crop, 1) for crop in crops]).numpy() for f in (torch.amin, torch.amax))  # (2, T, 2)
-
-        def inside(places, t, low=low, high=high):  # x, y of places in frames t: whether they lie in the boxes, (2, n)
-            return ((places >= low[:, t]) & (places <= high[:, t])).all(-1)
-
-        for actor in (0, 1):
-            item = clips.load(replace(clip, joints=whole[actor].joints), np.random.default_rng(0))
-            said = model.explain(item["video"][None], item["joints"][None], item["visible"][None])
-            found = {}
-            for block in range(model.settings.blocks):
-                if said.tokens is not None:
-                    tokens = said.tokens[0, block].numpy()
-                    down, across = (  # the part of each token, centred on pixel 8 i, in the boxes: (2, T, h), (2, T, w)
-                        (np.minimum(high[..., a, None], 8 * n + 4) - np.maximum(low[..., a, None], 8 * n - 4)).clip(0)
-                        for a, n in zip((1, 0), map(np.arange, tokens.shape[1:]))
-                    )
-                    within = np.einsum("fth, ftw, thw -> f", down / 8, across / 8, tokens) / tokens.sum()
-                    found[f"token attention, block {block + 1}"] = within
-                    t, y, x = said.points[0, block].reshape(-1, 3).numpy().T
-                    within = inside(8 * np.stack([x, y], -1), np.rint(t).astype(int)).mean(-1)
-                    found[f"points, block {block + 1}"] = within
-                if said.joints is not None:
-                    given, seen = said.joints[0, block].numpy(), item["visible"].numpy()
-                    within = inside(item["joints"].numpy()[seen], np.nonzero(seen)[0]) @ given[seen] / given.sum()
-                    found[f"joint attention, block {block + 1}"] = within
-            for name, within in found.items():
-                shares.setdefault(name, []).append(within[[actor, 1 - actor]])
-    return {name: np.array(values) for name, values in shares.items()}
-
-
-def print_boxes(model: D3T, source: data.Source, clips: data.Dataset, count: int):
-    """A markdown table of `box_shares`, with weights as they are drawn from seed 0 and as they were trained."""
-    if source.read is not data.draw:
-        raise train.UsageError("--boxes needs --data synthetic: only there the place of the other figure is known")
-    torch.manual_seed(0)
-    untrained = box_shares(D3T(model.settings).eval(), clips, count)
-    trained = box_shares(model, clips, count)
-    print("| share in the box of the | before: actor | other | after: actor | other | difference ± standard error |")
-    print("|---" * 6 + "|")
-    for name, after in trained.items():
-        gap = (after[:, 0] - after[:, 1]).reshape(-1, 2).mean(1)  # a clip is shown twice
-        cells = [f"{value:.3f}" for value in (*untrained[name].mean(0), *after.mean(0))]
-        print(f"| {name} | {' | '.join(cells)} | {gap.mean():+.3f} ± {gap.std() / len(gap) ** 0.5:.3f} |")
-
-
-def draw_curve(plt, log: Path, path: Path):
-    """Loss of every tenth step and accuracy after each epoch of the run that the checkpoint is from."""
+    model = D3T(s)
     try:
-        lines = [json.loads(line) for line in log.read_text().splitlines()]
-        losses, steps = [loss for line in lines for loss in line["losses"]], [line["step"] for line in lines]
-    except (ValueError, KeyError, TypeError) as error:
-        raise train.UsageError(f"{log} is no log of train.py: {train.one_line(error)}") from None
-    figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3))
-    left.plot(10 * np.arange(1, len(losses) + 1), losses, marker=".")
-    left.set(xlabel="step", ylabel="training loss", ylim=(0, None))
-    right.plot(steps, [100 * line["top1"] for line in lines], marker="o", label="top-1")
-    right.plot(steps, [100 * line["mean_class"] for line in lines], marker="x", linestyle="--", label="mean class")
-    right.set(xlabel="step", ylabel="test accuracy (%)", xlim=left.get_xlim(), ylim=(0, 103))
-    right.legend(loc="lower right")
-    for axis in (left, right):
-        axis.grid(alpha=0.3)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+        model.load_state_dict(saved["model"])
+    except RuntimeError as error:
+        raise train.UsageError(f"{path} does not fit: {train.one_line(error)}") from None
+    return model.eval(), source, data.Dataset(source, "test", s.frames, s.height, s.width)
 
 
 def main(words: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--clips", type=int, nargs="+", default=[0], metavar="N", help="numbers in the test split [0]")
-    parser.add_argument(
-        "--out", type=Path, default=Path("explained"), metavar="DIR", help="folder of the pictures [explained]"
-    )
-    parser.add_argument("--boxes", type=int, metavar="N", help="measure the first N test clips instead")
+    text = "folder of the pictures [explained]"
+    parser.add_argument("--out", type=Path, default=Path("explained"), metavar="DIR", help=text)
     data.add_flags(parser)
-    parser.set_defaults(data=None)
+    parser.set_defaults(data=None)  # the data set of the checkpoint
     options = parser.parse_args(words)
     try:
         model, source, clips = load_model(options.checkpoint, options)
-        if options.boxes is not None:
-            if not 1 <= options.boxes <= len(clips):
-                raise train.UsageError(f"--boxes {options.boxes}: the test split has {len(clips)} clips")
-            print_boxes(model, source, clips, options.boxes)
-            return 0
         for number in options.clips:
             if not 0 <= number < len(clips):
                 raise train.UsageError(f"--clips {number}: the test split has the clips 0 to {len(clips) - 1}")
-        explain(options, model, source, clips)
+        plt = data.need("matplotlib.pyplot", "matplotlib", "to draw the pictures")
+        plt.switch_backend("agg")
+        options.out.mkdir(parents=True, exist_ok=True)
+        for number in options.clips:
+            draw_clip(plt, clips[number], model, source, options.out)
         return 0
     except (train.UsageError, data.DataError, OSError) as error:
         print(f"tools.explain: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
-
-
-def explain(options: argparse.Namespace, model: D3T, source: data.Source, clips: data.Dataset):
-    plt = data.need("matplotlib.pyplot", "matplotlib", "to draw the pictures")
-    plt.switch_backend("agg")
-    options.out.mkdir(parents=True, exist_ok=True)
-    for number in options.clips:
-        item = clips[number]
-        found = model.explain(item["video"][None], item["joints"][None], item["visible"][None])
-        said = {name: value[0].numpy() for name, value in vars(found).items() if value is not None}
-        said["probabilities"] = found.logits[0].softmax(-1).numpy()
-        stem = options.out / item["name"].replace(" ", "-").replace("/", "-")
-        np.savez(f"{stem}.npz", label=item["label"], **said)
-        if "tokens" in said:
-            draw_tokens(plt, item, said, Path(f"{stem}-tokens.png"))
-        if "joints" in said:
-            draw_joints(plt, item, said, source.joint_names, Path(f"{stem}-joints.png"))
-        draw_overview(plt, item, said, model, source, Path(f"{stem}-overview.png"))
-        guess, label = said["probabilities"].argmax(), item["label"]
-        sure = said["probabilities"][guess]
-        print(f"{item['name']}: {source.classes[guess]} ({sure:.1%}), label {source.classes[label]}")
-    log = options.checkpoint.parent / "log.jsonl"
-    if log.exists() and log.stat().st_size:
-        draw_curve(plt, log, options.out / "curve.png")
 
 
 if __name__ == "__main__":
