@@ -1,5 +1,4 @@
-"""Clips for D3T: a synthetic set that is drawn on the fly, Penn Action, NTU RGB+D 60 and 120, FineGYM, and any pickle
-in the form of pyskl with its videos.
+"""Clips for D3T: a synthetic set drawn on the fly, Penn Action, NTU RGB+D 60 and 120, FineGYM, and pyskl's pickles.
 
 `Dataset` samples frames, resizes, crops and mirrors, in the same way for every source. An item is a dict:
 
@@ -10,22 +9,22 @@ in the form of pyskl with its videos.
     name     str                     the clip
     bad      list of (str, str)      name and "FILE: reason" of the clips that this one replaces (training only)
 
-A source is a function that takes folders and returns a `Source`: its clips with their joints, and how to read a crop
-of frames by number. To add a data set, write that function and name it in `SOURCES`, at the end of this file; then
-`--data` knows it. For videos ROOT/CLASS/NAME.mp4 of 640 x 360 pixels with joints ROOT/CLASS/NAME.npy (frames, 2, 2):
+A source is a function that takes folders and returns a `Source`: its clips with their joints, and how to read a crop of
+frames by number. To add a data set, write that function and enter it in `SOURCES` at the end of this file, by the name
+that `--data` shall take. This one reads ROOT/CLASS/NAME.mp4 with ROOT/CLASS/NAME.npy, joints (frames, 2, 2):
 
     def two_hands(roots):
         source = Source(["clap", "wave"], ["left hand", "right hand"], [(0, 1)], read_video)
         for path in sorted(roots[0].glob("*/*.mp4")):
-            joints = np.load(path.with_suffix(".npy")).astype(np.float32)  # one row for each frame, NaN where absent
-            label = source.classes.index(path.parent.name)
+            joints = np.load(path.with_suffix(".npy")).astype(np.float32)  # a row for each frame, NaN where absent
+            visible, label = np.isfinite(joints).all(-1), source.classes.index(path.parent.name)
             split = "test" if path.stem.endswith("0") else "train"
-            source.clips[split].append(Clip(path.stem, label, joints, np.isfinite(joints).all(-1), (360, 640), path))
+            source.clips[split].append(Clip(path.stem, label, joints, visible, (360, 640), path))
         return source
 
-    SOURCES["two_hands"] = two_hands, ["datasets/two_hands"]
+    SOURCES["two_hands"] = (two_hands, ["datasets/two_hands"])
 
-`python -m tools.check --data NAME --root DIR` checks a data set: counts, frames, visible joints, every problem by name.
+`python -m tools.check --data NAME` checks a data set: counts, frames, visible joints, every problem by name.
 """
 
 import argparse
@@ -57,12 +56,9 @@ class DataError(Exception):
 
 
 class BadClip(DataError):
-    """A clip that cannot be read; the message names the file and the reason.
+    """A clip that cannot be read; the message names the file and the reason."""
 
-    A worker's exception reaches the main process as its whole traceback, of which only the last line is kept.
-    """
-
-    def __init__(self, text: str):
+    def __init__(self, text: str):  # a loader's worker sends its whole traceback, which ends with the message
         super().__init__(text.split("data.BadClip: ")[-1].strip())
 
 
@@ -103,9 +99,6 @@ def need(module: str, package: str, why: str):
 
 
 def reason(error: Exception) -> str:
-    """What an exception says, as a phrase."""
-    if isinstance(error, KeyError):
-        return f"it has no {error}"
     return str(error) if " " in str(error) else repr(error)  # a single word says too little
 
 
@@ -132,16 +125,13 @@ def frame_size(sides) -> Size:
 
 
 def sample_frames(n: int, T: int, rng: np.random.Generator | None) -> np.ndarray:
-    """One frame of each of T equal segments of n frames: a random one, or without `rng` the middle one.
-
-    Where n < T, some frames are repeated.
-    """
+    """One frame of each of T equal segments of n frames (some twice if n < T): a random one, or the middle one."""
     within = rng.random(T) if rng else 0.5
     return ((np.arange(T) + within) * n / T).astype(int)
 
 
 def place_crop(size: Size, crop: Size, rng: np.random.Generator | None) -> tuple[Size, Crop]:
-    """The size to scale a frame to, and a crop of that: a random one, or without `rng` the middle one."""
+    """The size to scale a frame to, and a crop of that: a random one, or the middle one."""
     scale = RESIZE * max(crop[0] / size[0], crop[1] / size[1])
     h, w = (round(side * scale) for side in size)
     rows, columns = h - crop[0], w - crop[1]  # that the crop leaves out
@@ -150,10 +140,7 @@ def place_crop(size: Size, crop: Size, rng: np.random.Generator | None) -> tuple
 
 
 def rescale(joints: np.ndarray, old: Size, new: Size) -> np.ndarray:
-    """Joints (..., 2) on a frame that was scaled from `old` to `new`.
-
-    Pixel edges scale, so centres, which lie at whole numbers, shift by half a pixel.
-    """
+    """Joints (..., 2) of a frame that is scaled from `old` to `new`: pixel edges scale, so centres shift by a half."""
     return (joints + 0.5) * np.float32([new[1] / old[1], new[0] / old[0]]) - 0.5
 
 
@@ -165,19 +152,17 @@ def mirror(video: np.ndarray, joints: np.ndarray, visible: np.ndarray, partner: 
 
 
 class Dataset(torch.utils.data.Dataset):
-    """The clips of one split, as items of the form above.
+    """The clips of one split, as items of the form above, by number or by (epoch, number).
 
     source        what one of the functions in `SOURCES` returned
-    split         "train" or "test"
+    split         "train": a random frame of each segment, a random crop, half of the clips mirrored
+                  "test": the middle frames, the middle crop
     frames        T
     height, width of the crop, pixels
-    seed          of everything random: frames, crop and mirroring of item i in epoch e depend on (seed, e, i) alone,
-                  not on the worker, the rank or what was read before
-    hide          "joints" marks all of them invisible, "video" makes the frames grey: what can the other one do alone?
+    seed          of everything random: item i of epoch e depends on (seed, e, i) alone, not on the worker or the rank
+    hide          "joints" marks all joints invisible, "video" makes the frames grey
 
-    An item is asked for by its number, or by (epoch, number). Training takes a random frame of each of T equal
-    segments, a random crop, and mirrors half of the clips; testing takes the middle frames and the middle crop. A
-    clip that cannot be read is replaced by the next one in training, and raises `BadClip` in testing.
+    A clip that cannot be read is replaced by the next one in training, and raises `BadClip` in testing.
     """
 
     def __init__(self, source: Source, split: str, frames: int, height: int, width: int, seed: int = 0, hide="none"):
@@ -227,12 +212,10 @@ class Dataset(torch.utils.data.Dataset):
 
 
 def collate(samples: list[dict]) -> dict:
-    """Stack items to a batch; their lists of bad clips become one list.
-
-    In memory the colours of a pixel stay side by side, as decoders write and channels_last_3d convolutions read them.
-    """
+    """Stack items to a batch; their lists of bad clips become one list."""
     bad = [clip for sample in samples for clip in sample["bad"]]
     rest = [{key: value for key, value in sample.items() if key != "bad"} for sample in samples]
+    # The colours of a pixel stay side by side in memory, as decoders write and channels_last_3d convolutions read them.
     batch = torch.utils.data.default_collate([each | {"video": each["video"].permute(1, 2, 3, 0)} for each in rest])
     return batch | {"video": batch["video"].permute(0, 4, 1, 2, 3), "bad": bad}  # (B, 3, T, H, W)
 
@@ -282,10 +265,9 @@ def pose(action: int, swing: np.ndarray, side: int) -> np.ndarray:
 def synthetic(train: int = 2048, test: int = 512, seed: int = 0) -> Source:
     """Two figures perform two different actions side by side; the joints follow one, and its action is the label.
 
-    The pixels say what is done, the joints say by whom. Only head, shoulders and hips are annotated, and they move
-    alike in every action, so the joints alone say nothing about the label (chance: 1 of 4). Without them nothing tells
-    the two figures apart, so no method can expect to be right in more than 1 of 2 clips. Clip i of a split depends on
-    (seed, split, i) alone, and nothing is on disk.
+    The pixels say what is done, the joints say by whom. Only head, shoulders and hips are annotated, which move alike
+    in every action, so the joints alone say nothing about the label (chance: 1 of 4). Without them nothing tells the
+    two figures apart, so no method can expect more than 1 of 2. Clip i of a split depends on (seed, split, i) alone.
     """
     source, time = Source(SYNTHETIC_ACTIONS, PENN_JOINTS, PENN_PAIRS, draw), np.arange(16)
     for split, i in [("train", i) for i in range(train)] + [("test", i) for i in range(test)]:
@@ -408,8 +390,7 @@ def read_jpegs(folder: Path, frames: np.ndarray, size: Size, crop: Crop) -> np.n
             # of `image.size` are rounded up, and the last row and column then reach beyond the picture.
             (_, (_, _, width, height)), (h, w) = image.draft("RGB", size[::-1]), size
             box = left * width / w, top * height / h, right * width / w, bottom * height / h
-            picture = image.convert("RGB")
-            video[t] = picture.resize((right - left, bottom - top), Image.Resampling.BILINEAR, box)
+            video[t] = image.convert("RGB").resize(video.shape[2:0:-1], Image.Resampling.BILINEAR, box)
     return video
 
 
@@ -472,11 +453,10 @@ def video_length(path: Path) -> int:
 
 
 def read_video(path: Path, frames: np.ndarray, size: Size, crop: Crop) -> np.ndarray:
-    """A crop of frames of a video by number, scaled to `size` (height, width).
+    """A crop of frames of a video by number, scaled to `size`; of a file that breaks off, the frames before the break.
 
     Frames are counted as the decoder puts them out, from the first: NTU's AVI files have one key frame and wrong time
-    stamps, so seeking gains nothing and time stamps name the wrong frame. Only the frames asked for are converted,
-    and scaled in the same step. A file that breaks off gives the frames before the break.
+    stamps, so seeking gains nothing and time stamps name the wrong frame.
     """
     from av.video.reformatter import VideoReformatter
 
@@ -528,12 +508,9 @@ NTU_LISTS = {  # by the number of actions
     60: "NTU_RGBD_samples_with_missing_skeletons.txt",
     120: "NTU_RGBD120_samples_with_missing_skeletons.txt",
 }
-# A body of which one of these is true is a ghost, such as a chair. The rules and the first two numbers are those of
-# CTR-GCN (get_raw_denoised_data.py) and pyskl (ntu_preproc.py); the share is 0.69754 there.
-GHOST_FRAMES = 11  # it is seen in no more frames
-GHOST_SPREAD = 0.8  # it is wider than this part of its height, ...
-GHOST_SHARE = 0.7  # ... in at least this part of its frames
-RENAMED = 1.0  # metres: where one id ends and another begins nearer than this, it is the same person (ours)
+# Who is not a person: the rules of CTR-GCN (get_raw_denoised_data.py, with 0.69754) and pyskl (ntu_preproc.py).
+GHOST_FRAMES, GHOST_SPREAD, GHOST_SHARE = 11, 0.8, 0.7
+RENAMED = 1.0  # metres from where one id ends to where another begins, below which it is the same person (ours)
 
 
 def ntu_split(name: str, protocol: str) -> str | None:
@@ -548,43 +525,17 @@ def ntu_split(name: str, protocol: str) -> str | None:
 def ntu(roots: list[Path], protocol: str) -> Source:
     """*.skeleton and *_rgb.avi (or .mp4, with or without _rgb) anywhere below the roots; two persons, R = 50."""
     need("av", "av", "to read the videos of NTU RGB+D")
-
-    def smallest(paths):  # of the videos of a sample, some may be re-encoded
-        return min(paths, key=lambda path: path.stat().st_size) if len(paths) > 1 else paths[0]
-
     found = find_files(roots, (".skeleton",)), find_files(roots, VIDEOS)
-    skeletons, videos = ({n: smallest(p) for n, p in each.items() if NTU_NAME.fullmatch(n)} for each in found)
+    skeletons, videos = ({name: paths for name, paths in each.items() if NTU_NAME.fullmatch(name)} for each in found)
     if not skeletons or not videos:
         raise DataError(
-            f"no NTU RGB+D in {', '.join(map(str, roots))}: {len(skeletons)} files like S001C001P001R001A001.skeleton "
-            f"and {len(videos)} like S001C001P001R001A001_rgb.avi. Ask for the data set at "
-            "rose1.ntu.edu.sg/dataset/actionRecognition, unpack it, and pass its folders as --root DIR DIR"
+            f"no NTU RGB+D in {', '.join(map(str, roots))}: {len(skeletons)} files like S001C001P001R001A001.skeleton, "
+            f"{len(videos)} like S001C001P001R001A001_rgb.avi. Get it from rose1.ntu.edu.sg/dataset/actionRecognition, "
+            "and pass its folders as --root DIR DIR"
         )
-    actions = NTU_PROTOCOLS[protocol][0]
-    source = Source(
-        [f"A{a:03d}" for a in range(1, actions + 1)],
-        [f"{joint} {person}" for person in (1, 2) for joint in NTU_JOINTS],
-        [(a + p, b + p) for p in (0, 25) for a, b in NTU_PAIRS],
-        read_video,
-        ntu_annotate,
-    )
-    excluded = ntu_excluded(roots, protocol)
-    for name in sorted(skeletons.keys() | videos.keys()):
-        split = ntu_split(name, protocol)
-        if name in excluded or split is None:
-            continue
-        if name not in skeletons or name not in videos:
-            source.missing.append(f"{name} has no {'skeleton' if name in videos else 'video'}")
-            continue
-        media = videos[name], skeletons[name]
-        source.clips[split].append(Clip(name, int(name[-3:]) - 1, None, None, NTU_SIZE, media))
-    return source
-
-
-def ntu_excluded(roots: list[Path], protocol: str) -> set[str]:
-    """The samples with missing skeletons, by the official lists below the roots; a warning if there is none."""
     actions, _, without, everything = NTU_PROTOCOLS[protocol]
     lists = sum(find_files(roots, tuple(file.lower() for file in NTU_LISTS.values())).values(), [])
+    excluded = {match.group() for path in lists for match in NTU_NAME.finditer(path.read_text(errors="replace"))}
     accepted = {NTU_LISTS[actions].lower(), NTU_LISTS[120].lower()}  # the longer list holds the other one
     if not accepted & {path.name.lower() for path in lists}:
         print(
@@ -592,7 +543,23 @@ def ntu_excluded(roots: list[Path], protocol: str) -> set[str]:
             f"Expect {everything} training and test samples in the whole data set, {without} without them",
             file=sys.stderr,
         )
-    return {match.group() for path in lists for match in NTU_NAME.finditer(path.read_text(errors="replace"))}
+    source = Source(
+        [f"A{a:03d}" for a in range(1, actions + 1)],
+        [f"{joint} {person}" for person in (1, 2) for joint in NTU_JOINTS],
+        [(a + p, b + p) for p in (0, 25) for a, b in NTU_PAIRS],
+        read_video,
+        ntu_annotate,
+    )
+    for name in sorted(skeletons.keys() | videos.keys()):
+        split = ntu_split(name, protocol)
+        if name in excluded or split is None:
+            continue
+        if name not in skeletons or name not in videos:
+            source.missing.append(f"{name} has no {'skeleton' if name in videos else 'video'}")
+            continue
+        media = min(videos[name], key=os.path.getsize), skeletons[name][0]  # a video may be re-encoded beside it
+        source.clips[split].append(Clip(name, int(name[-3:]) - 1, None, None, NTU_SIZE, media))
+    return source
 
 
 def ntu_annotate(clip: Clip) -> Clip:
@@ -600,81 +567,68 @@ def ntu_annotate(clip: Clip) -> Clip:
     video, path = clip.media
     with blame(path):
         joints, visible = two_persons(*parse_skeleton(path.read_bytes()))
+        if not len(joints):
+            raise ValueError("it has no frame")
     n = min(len(joints), video_length(video))
     return replace(clip, joints=joints[:n], visible=visible[:n], media=video)
 
 
-def parse_skeleton(text: bytes) -> tuple[int, np.ndarray, np.ndarray, np.ndarray]:
-    """A .skeleton file: frames, and of its m bodies the frame (m,), the id (m,) and the fields (m, 25, 12).
+def parse_skeleton(text: bytes) -> tuple[int, dict[int, dict[int, np.ndarray]]]:
+    """The number of frames of a .skeleton file, and the fields (25, 12) of each body by its id and its frame.
 
-    Ids lie near 2^56, where a float would make one of two persons: they are read as integers. The fields of a joint
-    are x y z, depth x y, colour x y, a quaternion and the tracking state.
+    Ids lie near 2^56, where a float would make one of two persons. The fields of a joint are x y z, depth x y,
+    colour x y, a quaternion and the tracking state.
     """
-    lines = iter(text.split(b"\n"))
-    when, ids, bodies = [], [], []
+    lines, bodies = iter(text.split(b"\n")), defaultdict(dict)
     try:
         frames = int(next(lines))
         for frame in range(frames):
             for _ in range(int(next(lines))):
-                when.append(frame)
-                ids.append(int(next(lines).split()[0]))
-                if int(next(lines)) != 25:
-                    raise ValueError(f"a body of frame {frame} has not 25 joints")
-                bodies.append([[float(word) for word in next(lines).split()] for _ in range(25)])
+                identity, joints = int(next(lines).split()[0]), int(next(lines))
+                if joints != 25:
+                    raise ValueError(f"a body of frame {frame} has {joints} joints, expected 25")
+                fields = np.array([[float(word) for word in next(lines).split()] for _ in range(25)]).reshape(25, 12)
+                place = fields[:, :3]  # metres
+                place[~np.isfinite(place)] = 0
+                if place.any():  # a body of zeros is nobody
+                    bodies[identity].setdefault(frame, fields)  # an id twice in a frame: the first
     except StopIteration:
         raise ValueError("it breaks off") from None
-    if not frames:
-        raise ValueError("it has no frame")
-    return frames, np.array(when, int), np.array(ids, np.int64), np.array(bodies).reshape(len(ids), 25, 12)
+    return frames, bodies
 
 
-def two_persons(frames: int, when: np.ndarray, ids: np.ndarray, fields: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Joints (frames, 50, 2) and visibility of the two persons who move most; frames without a body keep their place.
+def two_persons(frames: int, bodies: dict[int, dict[int, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+    """Joints (frames, 50, 2) and visibility of the two persons who move most; a frame without a body keeps its row."""
+    persons = [(sorted(person), np.array([person[t] for t in sorted(person)])) for person in join_renamed(bodies)]
 
-    Ghosts are left out as long as somebody else is there.
-    """
-    place = np.nan_to_num(fields[..., :3], posinf=0, neginf=0)  # metres
-    found = place.any((1, 2))  # a body of zeros is nobody
-    when, fields, place = when[found], fields[found], place[found]
-    persons = join_renamed(when, ids[found], place.mean(1))
+    def is_person(when, fields):  # and no ghost, such as a chair
+        width, height, _ = np.ptp(fields[..., :3], axis=1).T  # (frames,)
+        return len(when) > GHOST_FRAMES and np.mean(width > GHOST_SPREAD * height) < GHOST_SHARE
 
-    def is_ghost(rows):
-        width, height, _ = np.ptp(place[rows], axis=1).T  # (frames,)
-        return len(rows) <= GHOST_FRAMES or np.mean(width > GHOST_SPREAD * height) >= GHOST_SHARE
-
-    persons = [rows for rows in persons if not is_ghost(rows)] or persons
-    persons.sort(key=lambda rows: -place[rows].var(0).sum())  # stable: ties in order of appearance
+    persons = [person for person in persons if is_person(*person)] or persons  # better a ghost than nobody
+    persons.sort(key=lambda person: -person[1][..., :3].var(0).sum())  # stable: ties in order of appearance
     joints, visible = np.zeros((frames, 2, 25, 2), np.float32), np.zeros((frames, 2, 25), bool)
-    for slot, rows in enumerate(persons[:2]):
-        colour, tracked = fields[rows][..., 5:7], np.isin(fields[rows][..., 11], (1, 2))
+    for slot, (when, fields) in enumerate(persons[:2]):
+        colour, tracked = fields[..., 5:7], np.isin(fields[..., 11], (1, 2))
         inside = (colour >= 0) & (colour < NTU_SIZE[::-1])  # false for NaN
-        joints[when[rows], slot] = colour
-        visible[when[rows], slot] = tracked & inside.all(-1) & colour.any(-1)
+        joints[when, slot] = colour
+        visible[when, slot] = tracked & inside.all(-1) & colour.any(-1)
     return joints.reshape(frames, 50, 2), visible.reshape(frames, 50)
 
 
-def join_renamed(when: np.ndarray, ids: np.ndarray, centre: np.ndarray) -> list[np.ndarray]:
-    """The persons: for each, the numbers of its bodies in the order of the frames.
-
-    A person is a chain of ids: where one ends and another begins within `RENAMED`, the Kinect has renamed the person.
-    """
-
-    def gap(person, rows):  # metres, at the nearest frame; infinite if both are in one frame
-        nearest = person[np.argmin(abs(when[person] - when[rows[0]]))]
-        together = np.isin(when[rows], when[person]).any()
-        return np.inf if together else np.linalg.norm(centre[nearest] - centre[rows[0]])
-
+def join_renamed(bodies: dict[int, dict[int, np.ndarray]]) -> list[dict[int, np.ndarray]]:
+    """The fields of each person by frame: where one id ends and another begins nearby, the Kinect has renamed it."""
     persons = []
-    for identity in dict.fromkeys(ids.tolist()):
-        rows = np.flatnonzero(ids == identity)
-        rows = rows[np.unique(when[rows], return_index=True)[1]]  # an id twice in a frame: the first
-        gaps = [gap(person, rows) for person in persons]
+    for track in bodies.values():
+        start, gaps = min(track), []  # metres from each person to where the track starts
+        for person in persons:
+            nearest = min(person, key=lambda frame: (abs(frame - start), frame))
+            apart = (person[nearest] - track[start])[:, :3].mean(0)
+            gaps.append(np.inf if person.keys() & track.keys() else np.linalg.norm(apart))
         if min(gaps, default=np.inf) < RENAMED:
-            k = int(np.argmin(gaps))
-            both = np.concatenate([persons[k], rows])
-            persons[k] = both[np.argsort(when[both])]
+            persons[np.argmin(gaps)].update(track)
         else:
-            persons.append(rows)
+            persons.append(track)
     return persons
 
 
@@ -701,13 +655,12 @@ class Kind:
 
 
 def build_array(content, kind: Kind, shape, order: str, axes=None) -> np.ndarray:
-    """An array from its bytes or, of objects, from their list; ValueError where these are not as many as `shape` says.
-
-    This is also numpy's `_frombuffer`, which since 2.4 can name axes to exchange.
-    """
+    """An array from its bytes or its list of objects, as numpy's `_frombuffer`; ValueError if their count is wrong."""
     flat = np.fromiter(content, object) if "O" in kind.code else np.frombuffer(content, kind.code)
     array = flat.reshape(shape, order="C" if axes else order)
-    return array.transpose(axes) if axes else array
+    return (
+        array.transpose(axes) if axes else array
+    )  # since numpy 2.4 an array of this shape can have its axes exchanged
 
 
 class Array(np.ndarray):
@@ -740,16 +693,19 @@ class Unpickler(pickle.Unpickler):
         return known
 
 
-def read_pickle(path: Path, splits: tuple[str, str]) -> tuple[list[dict], set[str], set[str]]:
-    """The entries of a pickle in pyskl's form, and the `clip_key` of each that it lists for training and for testing."""
+def read_pickle(path: Path, splits: tuple[str, str]) -> tuple[dict, set[str], set[str]]:
+    """{clip key: (name, entry)} of a pickle in pyskl's form, and the keys that it lists for training and testing."""
     try:
         with path.open("rb") as file:
             content = Unpickler(file).load()
-        listed = content["split"]
+        listed, annotations = content["split"], content["annotations"]
         if not {*splits} <= listed.keys():
             raise ValueError(f"it has no {' or '.join(splits)}; its splits are {[*listed]}")
         train, test = ({clip_key(name) for name in listed[split]} for split in splits)
-        entries = list(content["annotations"])
+        names = [entry.get("filename") or entry["frame_dir"] for entry in annotations]
+        entries = {clip_key(name): (name, entry) for name, entry in zip(names, annotations)}
+        if len(entries) < len(annotations):
+            raise ValueError("two of its entries have one name")
     except Exception as error:  # a damaged pickle can raise anything
         raise DataError(f"{path}: expected a pickle {{split, annotations}}: {reason(error)}") from None
     if train & test:
@@ -758,23 +714,17 @@ def read_pickle(path: Path, splits: tuple[str, str]) -> tuple[list[dict], set[st
 
 
 def pyskl(roots: list[Path], annotations: Path, splits: tuple[str, str] = ("train", "val")) -> Source:
-    """A pickle of pyskl's form, and anywhere below the roots the videos that its entries name."""
+    """A pickle in pyskl's form, and anywhere below the roots the videos that its entries name."""
     need("av", "av", "to read the videos of this data set")
     entries, train, test = read_pickle(annotations, splits)
     videos = find_files(roots, VIDEOS)
     if not videos:
         raise DataError(f"no videos in {', '.join(map(str, roots))}: looked for NAME.mp4 as named in {annotations}")
-    source, found, labels = Source([], [], [], read_video, pyskl_annotate), set(), 0
-    for number, entry in enumerate(entries):
-        name = f"entry {number}"
+    source, labels = Source([], [], [], read_video, pyskl_annotate), 0
+    for key, (name, entry) in entries.items():
+        if key not in train and key not in test:
+            continue
         try:
-            name = entry.get("filename") or entry["frame_dir"]
-            key = clip_key(name)
-            if key in found:
-                raise ValueError("it is there twice")
-            found.add(key)
-            if key not in train and key not in test:
-                continue
             clip = pyskl_clip(name, entry)
         except Exception as error:  # what is missing, or of another type
             source.problems.append(f"{annotations}, {name}: {reason(error)}")
@@ -787,31 +737,27 @@ def pyskl(roots: list[Path], annotations: Path, splits: tuple[str, str] = ("trai
         if others:
             source.problems.append(f"{clip.media} and {others[0]} have one name: leave one of them there")
         source.clips["train" if key in train else "test"].append(clip)
-    source.missing += [f"{key} has no annotation in {annotations}" for key in sorted((train | test) - found)]
+    lacking = (train | test) - entries.keys()
+    source.missing += [f"{key} has no annotation in {annotations}" for key in sorted(lacking)]
     source.classes = [str(label) for label in range(labels)]
     pad_persons(source)
     return source
 
 
 def pyskl_clip(name: str, entry: dict) -> Clip:
-    """A clip of `keypoint` (M, n, 17, 2), `keypoint_score` (M, n, 17), `label` and `img_shape`; up to two persons.
-
-    A joint is visible if its score is above 0 and it does not lie at (0, 0), where these files put what is absent.
-    """
+    """A clip of `keypoint` (M, n, 17, 2), `keypoint_score` (M, n, 17), `label` and `img_shape`; up to two persons."""
     keypoint = np.asarray(entry["keypoint"], np.float32)[:2]  # float16 in the files, which scales badly
     score = np.asarray(entry.get("keypoint_score", np.ones(keypoint.shape[:-1])), np.float32)[:2]
-    if keypoint.ndim != 4 or keypoint.shape[2:] != (17, 2) or not keypoint.shape[1]:
-        raise ValueError(f"keypoint has shape {keypoint.shape}, expected (persons, frames, 17, 2)")
-    if score.shape != keypoint.shape[:3]:
-        raise ValueError(f"keypoint_score has shape {score.shape}, keypoint {keypoint.shape}")
-    label = int(entry["label"])
+    persons, n, *joint = keypoint.shape  # persons may be 0: nobody was found
+    if not n or joint != [17, 2] or score.shape != (persons, n, 17):
+        raise ValueError(f"keypoint is {keypoint.shape}, its score {score.shape}, expected (persons, frames, 17, 2)")
+    label, size = int(entry["label"]), frame_size(entry["img_shape"])
     if label != entry["label"] or not 0 <= label < 10_000:  # each number below the largest label is a class, too
         raise ValueError(f"label {entry['label']}")
+    # A joint that was not found lies at (0, 0) or has a score of 0.
     visible = np.isfinite(keypoint).all(-1) & np.isfinite(score) & (score > 0) & keypoint.any(-1)
-    persons, n = visible.shape[:2]  # persons may be 0: nobody was found
-    joints = keypoint.swapaxes(0, 1).reshape(n, 17 * persons, 2)
-    visible = visible.swapaxes(0, 1).reshape(n, 17 * persons)
-    return Clip(name, label, joints, visible, frame_size(entry["img_shape"]), None)
+    joints, visible = keypoint.swapaxes(0, 1).reshape(n, -1, 2), visible.swapaxes(0, 1).reshape(n, -1)
+    return Clip(name, label, joints, visible, size, None)
 
 
 def pyskl_annotate(clip: Clip) -> Clip:

@@ -120,7 +120,7 @@ class Ranks:
 
     def sum(self, values) -> torch.Tensor:
         """Sum over the ranks. On the CPU, so that it never waits for the device."""
-        values = torch.as_tensor(values, dtype=torch.float64)
+        values = torch.as_tensor(values, dtype=torch.float64).clone()  # all_reduce works in place
         if self.size > 1:
             dist.all_reduce(values)
         return values

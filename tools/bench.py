@@ -4,7 +4,7 @@
     python -m tools.bench plain       # the same beside a plain version of the model
     python -m tools.bench memory      # memory of a step beside the plain version, clips that fit in 32 GiB
     python -m tools.bench scaling     # time of each part against frames, resolution and joints, with a plot
-    python -m tools.bench loader      # loading clips against bare decoding, and against the steps that need them
+    python -m tools.bench loader      # loading clips from JPEG against bare decoding
     python -m tools.bench variants    # layouts, compilation and batches (for CUDA)
     python -m tools.bench all --joints 13 --rounds 9
 
@@ -17,7 +17,6 @@ Memory is the largest sum of live tensors that the allocator counts, so it does 
 """
 
 import argparse
-import functools
 import gc
 import itertools
 import json
@@ -29,9 +28,8 @@ from collections import defaultdict
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, fields, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
-from types import MethodType
 from unittest import mock
 
 import numpy as np
@@ -50,6 +48,8 @@ from d3t import D3T, Settings
 CUDA = torch.cuda.is_available()
 TYPES = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SWEEPS = {"frames": (8, 12, 16, 24, 32), "resolution": (112, 160, 224, 288), "joints": (13, 26, 50, 100)}
+ATTENTIONS = ("deformable", "joint", "temporal")
+PARTS = ("trunk", "joint tokenizer", "token search", *(f"{name} attention" for name in ATTENTIONS))
 GIB = 2**30
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -61,16 +61,17 @@ GIB = 2**30
 class Version:
     settings: Settings
     amp: str = "off"
-    plain: bool = False  # as one would write it first: contiguous, an explicit softmax, all tokens of the last block
-    layout: bool = True  # channels last
+    plain: bool = False  # without fused attention; all tokens ask in the last block
+    channels_last: bool = True
     compiled: bool = False
     checkpoints: bool = False
 
 
 def plain_msa(self, X: Tensor, X_: Tensor) -> Tensor:
-    q, k, v = self.split(self.Wq(X)), self.split(self.Wk(X_)), self.split(self.Wv(X_))
-    share = (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).softmax(-1)  # (B, heads, Q, S)
-    return self.Wo((share @ v).transpose(1, 2).flatten(2))
+    """`AttentionBlock.msa` with an explicit softmax, one window after the other."""
+    heads = zip(self.split(self.Wq(X)), self.split(self.Wk(X_)), self.split(self.Wv(X_)))
+    out = [(q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).softmax(-1) @ v for q, k, v in heads]
+    return self.Wo(torch.stack(out).transpose(1, 2).flatten(2))
 
 
 class Run:
@@ -80,13 +81,13 @@ class Run:
         torch.manual_seed(0)
         self.version, self.device = version, device
         self.model = D3T(version.settings).to(device)
-        if version.layout:
+        if version.channels_last:
             self.model.to(memory_format=torch.channels_last_3d)
         for module in self.model.modules():
             if isinstance(module, d3t.TokenSearch):  # the points of a trained search lie between the tokens
                 torch.nn.init.normal_(module.offset.weight, std=0.02)
             if isinstance(module, d3t.AttentionBlock) and version.plain:
-                module.msa = MethodType(plain_msa, module)
+                module.msa = partial(plain_msa, module)
             if isinstance(module, d3t.Block) and version.plain:
                 module.queries = None
             if isinstance(module, d3t.Block) and version.checkpoints:  # as train.py --checkpointing
@@ -97,7 +98,7 @@ class Run:
 
     def logits(self, batch: list[Tensor]) -> Tensor:
         video, joints, visible, _ = batch
-        video = video if self.version.layout else video.contiguous()
+        video = video if self.version.channels_last else video.contiguous()
         with torch.autocast(self.device.type, TYPES[self.version.amp], enabled=self.version.amp != "off"):
             return self.net(video, joints, visible).float()
 
@@ -132,42 +133,314 @@ def clock(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def take_turns(options: argparse.Namespace, work: dict) -> dict:
-    """Median seconds of each function of `work` over the rounds; in a round each is called once."""
-    seconds = defaultdict(list)
-    for _ in range(1 + options.rounds):
-        for name, function in work.items():
-            begin = clock(options.device)
+def timed(device: torch.device, **functions: Callable) -> Callable:
+    """For `take_turns`: calls each function once and returns the seconds of each by name."""
+
+    def measure():
+        seconds = {}
+        for name, function in functions.items():
+            begin = clock(device)
             function()
-            seconds[name].append(clock(options.device) - begin)
-    return {name: np.median(times[1:]) for name, times in seconds.items()}
+            seconds[name] = clock(device) - begin
+        return seconds
+
+    return measure
 
 
-def by_part(run: Run, batch: list[Tensor], meter: Callable, gained: dict[str, float]):
-    """Add to `gained` what `meter` gains in each part of a forward, in the rest and in all of it."""
-    inside = defaultdict(float)
+def take_turns(rounds: int, work: dict[object, list[Callable]]) -> dict[tuple, float]:
+    """Median of each figure by (version, name). The functions of a version return figures by name, once a round."""
+    found = defaultdict(list)
+    for _ in range(1 + rounds):
+        for version, functions in work.items():
+            for name, figure in itertools.chain(*(function().items() for function in functions)):
+                found[version, name].append(figure)
+    return {key: np.median(figures[1:]) for key, figures in found.items()}
+
+
+def by_part(run: Run, batch: list[Tensor], meter: Callable) -> dict[str, float]:
+    """What `meter` gains in each part of a forward, in the rest and in all of it."""
+    gained = defaultdict(float)
 
     def metered(name, function):
         def call(*args, **kwargs):
-            before = meter()
+            gained[name] -= meter()
             out = function(*args, **kwargs)
-            inside[name] += meter() - before
+            gained[name] += meter()
             return out
 
         return call
 
     parts = [("trunk", run.model.trunk, "forward"), ("joint tokenizer", d3t, "joint_tokens")]
-    for b in run.model.blocks:
-        parts += [("token search", b.deformable and b.deformable.search, "forward")]
-        parts += [(f"{name} attention", getattr(b, name), "forward") for name in ("deformable", "joint", "temporal")]
-    parts += [("head", run.model.head, "forward")]
+    for block in run.model.blocks:
+        parts += [("token search", block.deformable and block.deformable.search, "forward")]
+        parts += [(f"{name} attention", getattr(block, name), "forward") for name in ATTENTIONS]
     with ExitStack() as stack:
         for name, owner, call in parts:
             if owner is not None:  # a disabled attention
                 stack.enter_context(mock.patch.object(owner, call, metered(name, getattr(owner, call))))
         metered("all", run.forward)(batch)
-    gained["deformable attention"] -= gained["token search"]  # it is called inside
+    gained["deformable attention"] -= gained["token search"]  # which is called inside it
+    gained["rest"] = 2 * gained["all"] - sum(gained.values())
+    return {name: gained[name] for name in (*PARTS, "rest", "all")}
+
+
+def operations(s: Settings, clips: int, device: torch.device) -> dict[str, float]:
+    """Operations of a forward by part: products of matrices, convolutions, attention; no trilinear sampling."""
+    on_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # which torch's counter lacks
+    lacking = {on_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v)}
+    run = Run(Version(s), device)
+    run.model.requires_grad_(False)  # the counter fails on views of parameters where no gradient is recorded
+    with FlopCounterMode(display=False, custom_mapping=lacking) as counter:
+        return by_part(run, make_batch(s, clips, device), counter.get_total_flops)
+
+
+@cache
+def step_memory(version: Version, clips: int, device: torch.device) -> int:
+    """The most bytes of live tensors in a training step, with the weights, AdamW's averages and the batch."""
+
+    def two_steps():  # the second one has the averages
+        run, batch = Run(version, device), make_batch(version.settings, clips, device)
+        run.step(batch)
+        run.step(batch)
+
+    gc.collect()  # with checkpoints, what a block computes again is in a reference cycle
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        two_steps()
+        return torch.cuda.max_memory_allocated() - before
+    os.environ["KINETO_LOG_LEVEL"] = "99"  # keeps the profiler from printing
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watched:
+        two_steps()
+    with tempfile.TemporaryDirectory() as folder:
+        watched.export_chrome_trace(f"{folder}/trace.json")
+        events = json.loads(Path(folder, "trace.json").read_text())["traceEvents"]
+    return max(event["args"]["Total Allocated"] for event in events if event.get("name") == "[memory]")
 
 
 def row(name: str, *cells, form: str = "{}"):
     print(f"{name:36}" + "".join(f"{form.format(cell):>14}" for cell in cells), flush=True)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Sections
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def speed(versions: dict[str, Version], clips: int, options: argparse.Namespace, parts: bool = False):
+    """Print time, rate and memory of forward and step of each version, and of the parts of a forward."""
+    device, (first, *_), work = options.device, versions, {}
+    batch = make_batch(versions[first].settings, clips, device)
+    for name, version in versions.items():
+        run, matrices = Run(version, device), torch.randn(2, options.matrix, options.matrix, device=device)
+        product = partial(torch.mm, *matrices.to(TYPES[version.amp]))
+        forward, step = partial(run.forward, batch), partial(run.step, batch)
+        work[name] = [timed(device, product=product, forward=forward, step=step)]
+        work[name] += [partial(by_part, run, batch, partial(clock, device))] if parts else []
+    times = take_turns(options.rounds, work)
+    counts = operations(versions[first].settings, clips, device)
+    rates = [options.product / times[name, "product"] for name in versions]
+    row("", *versions)
+    row("product of matrices, TFLOP/s", *(rate / 1e12 for rate in rates), form="{:.2f}")
+    for kind, count in (("forward", counts["all"]), ("step", 3 * counts["all"]), *(counts.items() if parts else ())):
+        took = [times[name, kind] for name in versions]
+        row(f"{kind}, ms a clip", *(1e3 * t / clips for t in took), form="{:.1f}")
+        if kind in ("forward", "step"):
+            row("  clips/s", *(clips / t for t in took), form="{:.3f}")
+            row(f"  times {first}", *(took[0] / t for t in took), form="{:.2f}")
+        if count and all(took):  # not a disabled attention
+            row(
+                f"  {count / clips / 1e9:.2f} GFLOP, of product",
+                *(count / t / rate for t, rate in zip(took, rates)),
+                form="{:.1%}",
+            )
+    held = [step_memory(version, clips, device) / GIB for version in versions.values()]
+    row("peak memory of the step, GiB", *held, form="{:.2f}")
+
+
+def table(s: Settings, options: argparse.Namespace):
+    """Speed and memory of each type, with the parts of a forward."""
+    speed({amp: Version(s, amp) for amp in options.amp}, options.batch, options, parts=True)
+
+
+def plain(s: Settings, options: argparse.Namespace):
+    """Speed, memory and logits of each type beside the plain version in float32."""
+    versions = {"plain": Version(s, plain=True, channels_last=False)} | {amp: Version(s, amp) for amp in options.amp}
+    speed(versions, options.batch, options)
+    batch = make_batch(s, options.batch, options.device)
+    first, *_ = logits = [Run(version, options.device).forward(batch) for version in versions.values()]
+    apart = [((other - first).abs().max() / first.abs().max()).item() for other in logits]
+    row("difference of logits, of the largest", *apart, form="{:.1e}")
+
+
+def memory(s: Settings, options: argparse.Namespace):
+    """Clips of a step that fit in the 32 GiB of the paper's V100, extrapolated from batches of 1 and 2."""
+    row("", *(f"{amp} {what}" for amp in options.amp for what in ("clips", "GiB fixed", "GiB a clip")))
+    for checkpoints in (False, True):
+        cells = []
+        for amp in options.amp:
+            one, two = (step_memory(Version(s, amp, checkpoints=checkpoints), n, options.device) / GIB for n in (1, 2))
+            cells += [max(0, int((32 - one) // (two - one)) + 1), f"{2 * one - two:.3f}", f"{two - one:.3f}"]
+        row("with --checkpointing" if checkpoints else "without checkpoints", *cells)
+
+
+def variants(s: Settings, options: argparse.Namespace):
+    """Layouts, and with --compile compilation, for each batch and type."""
+    torch._dynamo.config.recompile_limit = 64  # each variant is compiled for itself
+    for clips, amp in itertools.product(options.batches or [options.batch], options.amp):
+        print(f"{clips} clips, {amp}")
+        versions = {}
+        for last, compiled in itertools.product((False, True), (False, True) if options.compile else (False,)):
+            name = ("last" if last else "first") + " compiled" * compiled
+            versions[f"channels {name}"] = Version(s, amp, channels_last=last, compiled=compiled)
+        try:
+            speed(versions, clips, options)
+        except torch.OutOfMemoryError:
+            print("  out of memory")
+
+
+def scaling(s: Settings, options: argparse.Namespace):
+    """Time of each part of a float32 forward against frames, resolution and joints, beside its operations."""
+    plt = data.need("matplotlib.pyplot", "matplotlib", "to draw the plot")
+    plt.switch_backend("agg")
+    device, work, flops = options.device, {}, {}
+    for axis, size in ((axis, size) for axis, sizes in SWEEPS.items() for size in sizes):
+        changed = replace(s, **({"height": size, "width": size} if axis == "resolution" else {axis: size}))
+        run, batch = Run(Version(changed), device), make_batch(changed, 1, device)
+        work[axis, size] = [partial(by_part, run, batch, partial(clock, device))]
+        flops |= {((axis, size), part): count for part, count in operations(changed, 1, device).items()}
+    times = take_turns(options.rounds, work)
+
+    figure, plots = plt.subplots(1, len(SWEEPS), figsize=(14, 4.4), layout="constrained")
+    row("time ~ size ^ exponent", "measured", "operations")
+    for plot, (axis, sizes) in zip(plots, SWEEPS.items()):
+        print(f"  {axis} {', '.join(map(str, sizes))}")
+        for part in PARTS[1:]:
+            took, count = (np.array([cost[(axis, size), part] for size in sizes]) for cost in (times, flops))
+            if count.all():  # not a disabled attention
+                exponents = [np.polyfit(np.log(sizes), np.log(cost), 1)[0] for cost in (took, count)]
+                row(f"    {part}", *exponents, form="{:.2f}")
+                (line,) = plot.plot(sizes, 1e3 * took, "o-", label="{}: {:.2f} ({:.2f})".format(part, *exponents))
+                scaled = count * np.exp(np.log(took / count).mean())  # to the same mean as the times
+                plot.plot(sizes, 1e3 * scaled, "--", c=line.get_color(), alpha=0.6)
+        plot.set(xscale="log", yscale="log", xlabel=axis, ylabel="ms", title="exponents: measured (operations)")
+        plot.set_xticks(sizes, sizes)
+        plot.minorticks_off()
+        plot.legend(fontsize=7)
+    options.out.mkdir(parents=True, exist_ok=True)
+    figure.savefig(options.out / f"scaling-{s.joints}.png", dpi=110)
+    print(f"drawn to {options.out / f'scaling-{s.joints}.png'}")
+
+
+def bare_decoding(folder: Path, frames: np.ndarray, size: data.Size, crop: data.Crop) -> np.ndarray:
+    """In place of `data.read_jpegs`: decode and scale the same frames as a whole, and keep nothing of them."""
+    from PIL import Image
+
+    for frame in frames:
+        with Image.open(folder / f"{frame + 1:06d}.jpg") as image:
+            image.draft("RGB", size[::-1])
+            np.asarray(image.convert("RGB").resize(size[::-1], Image.Resampling.BILINEAR))
+    return np.empty((0, 0, 0, 3), np.uint8)
+
+
+def write_jpegs(root: Path) -> data.Source:
+    """Synthetic clips as JPEG frames of 480 x 270, with noise until a frame has the bytes of a photograph."""
+    image = data.need("PIL.Image", "pillow", "to write frames")
+    source, whole = data.synthetic(8, 1), (slice(0, 270), slice(0, 480))
+    for clip in source.clips["train"]:
+        folder, frames = root / clip.name, np.arange(len(clip.joints))
+        folder.mkdir()
+        noise = np.random.default_rng(0).normal(0, 10, (len(frames), 270, 480, 3))
+        for t, frame in enumerate(data.draw(clip.media, frames, (270, 480), whole) + noise):
+            image.fromarray(frame.clip(0, 255).astype(np.uint8)).save(folder / f"{t + 1:06d}.jpg")
+        clip.media, clip.size = folder, (270, 480)
+    return source
+
+
+def drain(dataset: data.Dataset, clips: int, workers: int, size: int = 16):
+    order = [(i // len(dataset), i % len(dataset)) for i in range(clips)]  # (epoch, clip)
+    batches = [order[i : i + size] for i in range(0, clips, size)]
+    for _ in train.load_batches(dataset, batches, workers, torch.device("cpu")):
+        pass
+
+
+def loader(s: Settings, options: argparse.Namespace):
+    """Loading clips from JPEG against bare decoding, by one process and by several."""
+    with tempfile.TemporaryDirectory() as folder:
+        source, work = write_jpegs(Path(folder)), {}
+        for workers in sorted({0, options.workers}):
+            loads = {}
+            for name, read in (("bare", bare_decoding), ("loader", data.read_jpegs)):
+                dataset = data.Dataset(replace(source, read=read), "train", s.frames, s.height, s.width)
+                loads[name] = partial(drain, dataset, options.clips, workers)
+            work[workers] = [timed(options.device, **loads)]
+        times = take_turns(options.rounds, work)
+    row(f"{s.frames} frames of a JPEG clip, clips/s", "bare", "loader", "ratio")
+    for workers in work:
+        bare, ours = (options.clips / times[workers, name] for name in ("bare", "loader"))
+        row(f"  {workers} workers" if workers else "  one process", bare, ours, ours / bare, form="{:.2f}")
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Command line
+# --------------------------------------------------------------------------------------------------------------------
+
+SECTIONS = {f.__name__: f for f in (table, plain, memory, scaling, loader, variants)}
+
+
+def parse_args(words: list[str] | None) -> tuple[argparse.Namespace, list[Settings]]:
+    """Options, and the settings for each number of joints."""
+    shape = partial(argparse.RawDescriptionHelpFormatter, max_help_position=34, width=118)
+    parser = argparse.ArgumentParser(prog="python -m tools.bench", description=__doc__, formatter_class=shape)
+    add = parser.add_argument
+    add("what", nargs="?", choices=[*SECTIONS, "all"], default="table", help="[table]")
+    add("--preset", choices=train.PRESETS, default="paper", help="the defaults of the model [paper]")
+    add("--joints", type=int, nargs="+", default=[13, 50], metavar="N", help="R, joints of all persons [13 50]")
+    add("--batch", type=int, default=8 if CUDA else 1, metavar="N", help="clips of forward and step [1; CUDA 8]")
+    add("--batches", type=int, nargs="+", metavar="N", help="variants: batches to try [--batch]")
+    add("--compile", action="store_true", help="variants: compiled ones, too")
+    types = [*TYPES] if CUDA else ["off", "bf16"]
+    add("--amp", nargs="+", choices=TYPES, default=types, help="types [off bf16; CUDA off bf16 fp16]")
+    add("--device", choices=("cpu", "cuda"), default="cuda" if CUDA else "cpu", help="[cuda where there is one]")
+    add("--rounds", type=int, default=5, metavar="N", help="of each measurement [5]")
+    text = "rows of the matrices of the product [4096; CUDA 8192]"
+    add("--matrix", type=int, default=8192 if CUDA else 4096, metavar="N", help=text)
+    add("--workers", type=int, default=2, metavar="N", help="processes that load clips [2]")
+    add("--clips", type=int, default=64, metavar="N", help="that they load in a round [64]")
+    add("--out", type=Path, default=Path("bench"), metavar="DIR", help="folder of the plots [bench]")
+    add = parser.add_argument_group("model", Settings.__doc__).add_argument
+    for f in fields(Settings):
+        if f.name != "joints":
+            how = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type, "metavar": "N"}
+            text = f"{f.metadata['help']} [{f.default}]"
+            add("--" + f.name.replace("_", "-"), **how, default=argparse.SUPPRESS, help=text)
+    options = parser.parse_args(words)
+    if min(options.batch, options.matrix, options.rounds, options.clips, *(options.batches or [])) < 1:
+        parser.error("--batch, --batches, --matrix, --rounds and --clips must be 1 or more")
+    options.device, options.product = torch.device(options.device), 2 * options.matrix**3  # operations of the product
+    values = train.PRESETS[options.preset] | vars(options)
+    values = {f.name: values[f.name] for f in fields(Settings) if f.name in values}
+    try:
+        return options, [Settings(**values | {"joints": R}) for R in options.joints]
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def main(words: list[str] | None = None) -> int:
+    options, several = parse_args(words)
+    train.keep_memory()
+    torch.backends.cudnn.allow_tf32 = False  # the same float32 as in the product of matrices; in training it is True
+    name = torch.cuda.get_device_name() if options.device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    for s, (title, section) in itertools.product(several, SECTIONS.items()):
+        if options.what in (title, "all"):
+            size = f"T={s.frames} {s.height}x{s.width} C={s.channels} L={s.blocks} R={s.joints}, batch {options.batch}"
+            print(f"\n{title}: {size}, {options.rounds} rounds, {name}, torch {torch.__version__}")
+            section(s, options)
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except data.DataError as error:  # a package that is not installed
+        sys.exit(f"tools.bench: {error}")
