@@ -579,7 +579,7 @@ def parse_skeleton(text: bytes) -> tuple[int, dict[int, dict[int, np.ndarray]]]:
     Ids lie near 2^56, where a float would make one of two persons. The fields of a joint are x y z, depth x y,
     colour x y, a quaternion and the tracking state.
     """
-    lines, bodies = iter(text.split(b"\n")), defaultdict(dict)
+    lines, bodies = iter(text.splitlines()), defaultdict(dict)
     try:
         frames = int(next(lines))
         for frame in range(frames):
@@ -656,8 +656,9 @@ class Kind:
 
 def build_array(content, kind: Kind, shape, order: str, axes=None) -> np.ndarray:
     """An array from its bytes or its list of objects, as numpy's `_frombuffer`; ValueError if their count is wrong."""
-    flat = np.fromiter(content, object) if "O" in kind.code else np.frombuffer(content, kind.code)
-    array = flat.reshape(shape, order="C" if axes else order)
+    if "O" in kind.code:
+        return np.fromiter(content, object).reshape(shape)  # numpy writes these row by row, whatever their order
+    array = np.frombuffer(content, kind.code).reshape(shape, order="C" if axes else order)
     return (
         array.transpose(axes) if axes else array
     )  # since numpy 2.4 an array of this shape can have its axes exchanged

@@ -26,18 +26,18 @@ import train
 from d3t import Settings, window_index
 
 TABLES = {  # row, flags of train.py ("" for the unchanged model), the paper's top-1 on Penn Action
-    "table4": [
+    "table4": (
         ("1 no 3D deformable attention", "--no-deformable-attention", "94.8"),
         ("2 3D deformable attention alone", "--no-joint-attention --no-temporal-attention", "97.9"),
         ("3 no joint stride attention", "--no-joint-attention", "98.2"),
         ("4 no temporal stride attention", "--no-temporal-attention", "98.5"),
         ("all three", "", "99.7"),
-    ],
-    "table5": [
+    ),
+    "table5": (
         ("no tokens", "--modal-tokens 0", "92.2"),
         ("single token", "--modal-tokens 1", "97.0"),
         ("cross-modal tokens", "", "99.7"),
-    ],
+    ),
 }
 ABLATIONS = (*TABLES, "fig7a", "fig7b")
 
@@ -57,7 +57,7 @@ def rows_of(ablation: str, settings: Settings) -> list[Row]:
         return [Row(*row) for row in TABLES[ablation]]
     if ablation == "fig7b":
         lengths = sorted({4, 6, 8, 12, settings.frames})
-        return [Row(f"{T} frames", "" if T == settings.frames else f"--frames {T}", x=T) for T in lengths]
+        return [Row(f"{T} frames", "" if settings.frames == T else f"--frames {T}", x=T) for T in lengths]
     unchanged, rows = (settings.temporal_window, settings.temporal_stride), {}
     pairs = {(window, stride) for window in (2, 4, 6) for stride in (1, window // 2, window)} | {unchanged}
     for window, stride in sorted(pairs, key=lambda pair: (pair != unchanged, pair)):  # the unchanged model first
@@ -88,14 +88,13 @@ def train_rows(rows: list[Row], place: Path, shared: list[str], seeds: list[int]
     """Top-1 (rows, seeds). After an error no other run starts; on Ctrl-C those that train save and stop."""
     pool, runs = ThreadPoolExecutor(jobs), []
     for row, seed in itertools.product(rows, seeds):
-        folder = place / (row.flags.replace("--", "").replace(" ", "-") or "unchanged") / f"seed-{seed}"
+        folder = place / (row.flags.replace("--", "").replace(" ", "-") or "as-it-is") / f"seed-{seed}"
         runs.append(pool.submit(train_row, folder, [*shared, *row.flags.split(), "--seed", str(seed)], jobs))
     try:
-        for run in as_completed(runs):
-            run.result()
+        found = {run: run.result() for run in as_completed(runs)}
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
-    return np.array([run.result() for run in runs]).reshape(len(rows), len(seeds))
+    return np.array([found[run] for run in runs]).reshape(len(rows), len(seeds))
 
 
 def table(rows: list[Row], found: np.ndarray) -> str:
@@ -119,11 +118,10 @@ def plot(rows: list[Row], found: np.ndarray, x: str, path: Path):
     plt.switch_backend("agg")
     figure, axis = plt.subplots(figsize=(5, 3.2))
     for line, marker in zip(dict.fromkeys(row.line for row in rows), "os^v"):
-        chosen = [i for i, row in enumerate(rows) if row.line == line]
-        top1 = found[chosen]
-        middle, low, high = top1.mean(1), top1.min(1), top1.max(1)
-        bars = middle - low, high - middle
-        axis.errorbar([rows[i].x for i in chosen], middle, bars, marker=marker, capsize=3, label=line)
+        chosen = [number for number, row in enumerate(rows) if row.line == line]
+        mean, low, high = found[chosen].mean(1), found[chosen].min(1), found[chosen].max(1)
+        at = [rows[number].x for number in chosen]
+        axis.errorbar(at, mean, (mean - low, high - mean), marker=marker, capsize=3, label=line)
     axis.set(xlabel=x, ylabel="top-1 (%)", xticks=sorted({row.x for row in rows}))
     axis.grid(alpha=0.3)
     if rows[0].line:
@@ -134,10 +132,6 @@ def plot(rows: list[Row], found: np.ndarray, x: str, path: Path):
 
 def run(options: argparse.Namespace, shared: list[str], words: list[str]):
     """Train the rows of one ablation and write their table; UsageError for flags that do not go together."""
-    if options.jobs < 1:
-        raise train.UsageError(f"--jobs must be 1 or more, not {options.jobs}")
-    if options.what.startswith("fig"):
-        data.need("matplotlib", "matplotlib", "to draw the plot")
     flags, given = train.parse_args(shared)
     values = train.preset(flags.preset) | given
     if values["seed"] or flags.resume or flags.overwrite or flags.eval or flags.stop_after < math.inf:
@@ -152,22 +146,22 @@ def run(options: argparse.Namespace, shared: list[str], words: list[str]):
     found = train_rows(rows, place, shared, options.seeds, options.jobs)
     text = f"`python -m tools.ablate {' '.join(words)}`\n\n{table(rows, found)}\n"
     (place / f"{options.what}.md").write_text(text)
-    print(f"\n{text}")
+    print(f"\n{text}\nin {place}")
     if options.what.startswith("fig"):
         plot(rows, found, "stride" if options.what == "fig7a" else "frames", place / f"{options.what}.png")
-    print(f"in {place}")
 
 
 def main(words: list[str] | None = None) -> int:
     words = sys.argv[1:] if words is None else words
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout, allow_abbrev=False)
     parser.add_argument("what", choices=ABLATIONS)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="N", help="[0 1 2]")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time, which share the cores [1]")
     parser.add_argument("--out", type=Path, default=Path("ablations"), metavar="DIR", help="[ablations]")
     options, shared = parser.parse_known_args(words)
+    if options.jobs < 1:
+        parser.error(f"--jobs must be 1 or more, not {options.jobs}")
     try:
         run(options, shared, words)
         return 0

@@ -61,8 +61,8 @@ GIB = 2**30
 class Version:
     settings: Settings
     amp: str = "off"
-    plain: bool = False  # without fused attention; all tokens ask in the last block
-    channels_last: bool = True
+    plain: bool = False  # contiguous, without fused attention, all tokens of the last block
+    channels_last: bool = True  # unless plain
     compiled: bool = False
     checkpoints: bool = False
 
@@ -81,7 +81,8 @@ class Run:
         torch.manual_seed(0)
         self.version, self.device = version, device
         self.model = D3T(version.settings).to(device)
-        if version.channels_last:
+        self.channels_last = version.channels_last and not version.plain
+        if self.channels_last:
             self.model.to(memory_format=torch.channels_last_3d)
         for module in self.model.modules():
             if isinstance(module, d3t.TokenSearch):  # the points of a trained search lie between the tokens
@@ -98,7 +99,7 @@ class Run:
 
     def logits(self, batch: list[Tensor]) -> Tensor:
         video, joints, visible, _ = batch
-        video = video if self.version.channels_last else video.contiguous()
+        video = video if self.channels_last else video.contiguous()
         with torch.autocast(self.device.type, TYPES[self.version.amp], enabled=self.version.amp != "off"):
             return self.net(video, joints, visible).float()
 
@@ -133,28 +134,22 @@ def clock(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def timed(device: torch.device, **functions: Callable) -> Callable:
-    """For `take_turns`: calls each function once and returns the seconds of each by name."""
+def take_turns(options: argparse.Namespace, work: dict[object, dict[str, Callable]]) -> dict[tuple, float]:
+    """Median seconds by (version, name) of the functions of each version; in a round each function is called once.
 
-    def measure():
-        seconds = {}
-        for name, function in functions.items():
-            begin = clock(device)
-            function()
-            seconds[name] = clock(device) - begin
-        return seconds
-
-    return measure
-
-
-def take_turns(rounds: int, work: dict[object, list[Callable]]) -> dict[tuple, float]:
-    """Median of each figure by (version, name). The functions of a version return figures by name, once a round."""
+    A function may return a dict of seconds by name, which are added.
+    """
     found = defaultdict(list)
-    for _ in range(1 + rounds):
+    for _ in range(1 + options.rounds):
         for version, functions in work.items():
-            for name, figure in itertools.chain(*(function().items() for function in functions)):
-                found[version, name].append(figure)
-    return {key: np.median(figures[1:]) for key, figures in found.items()}
+            for name, function in functions.items():
+                begin = clock(options.device)
+                returned = function()
+                seconds = {name: clock(options.device) - begin}
+                seconds |= returned if isinstance(returned, dict) else {}
+                for name, value in seconds.items():
+                    found[version, name].append(value)
+    return {key: np.median(values[1:]) for key, values in found.items()}
 
 
 def by_part(run: Run, batch: list[Tensor], meter: Callable) -> dict[str, float]:
@@ -219,7 +214,7 @@ def step_memory(version: Version, clips: int, device: torch.device) -> int:
 
 
 def row(name: str, *cells, form: str = "{}"):
-    print(f"{name:36}" + "".join(f"{form.format(cell):>14}" for cell in cells), flush=True)
+    print(f"{name:36}" + "".join(f"{form.format(cell):>16}" for cell in cells), flush=True)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -234,26 +229,22 @@ def speed(versions: dict[str, Version], clips: int, options: argparse.Namespace,
     for name, version in versions.items():
         run, matrices = Run(version, device), torch.randn(2, options.matrix, options.matrix, device=device)
         product = partial(torch.mm, *matrices.to(TYPES[version.amp]))
-        forward, step = partial(run.forward, batch), partial(run.step, batch)
-        work[name] = [timed(device, product=product, forward=forward, step=step)]
-        work[name] += [partial(by_part, run, batch, partial(clock, device))] if parts else []
-    times = take_turns(options.rounds, work)
-    counts = operations(versions[first].settings, clips, device)
+        work[name] = {"product": product, "forward": partial(run.forward, batch), "step": partial(run.step, batch)}
+        work[name] |= {"all": partial(by_part, run, batch, partial(clock, device))} if parts else {}
+    times = take_turns(options, work)
+    counts = {part: n for part, n in operations(versions[first].settings, clips, device).items() if n}
     rates = [options.product / times[name, "product"] for name in versions]
     row("", *versions)
     row("product of matrices, TFLOP/s", *(rate / 1e12 for rate in rates), form="{:.2f}")
-    for kind, count in (("forward", counts["all"]), ("step", 3 * counts["all"]), *(counts.items() if parts else ())):
+    whole = counts.pop("all")
+    for kind, count in {"forward": whole, "step": 3 * whole, **(counts if parts else {})}.items():
         took = [times[name, kind] for name in versions]
         row(f"{kind}, ms a clip", *(1e3 * t / clips for t in took), form="{:.1f}")
         if kind in ("forward", "step"):
             row("  clips/s", *(clips / t for t in took), form="{:.3f}")
-            row(f"  times {first}", *(took[0] / t for t in took), form="{:.2f}")
-        if count and all(took):  # not a disabled attention
-            row(
-                f"  {count / clips / 1e9:.2f} GFLOP, of product",
-                *(count / t / rate for t, rate in zip(took, rates)),
-                form="{:.1%}",
-            )
+            row(f"  times as fast as {first}", *(took[0] / t for t in took), form="{:.2f}")
+        of_product = [count / t / rate for t, rate in zip(took, rates)]
+        row(f"  {count / clips / 1e9:.2f} GFLOP, of product", *of_product, form="{:.1%}")
     held = [step_memory(version, clips, device) / GIB for version in versions.values()]
     row("peak memory of the step, GiB", *held, form="{:.2f}")
 
@@ -265,7 +256,7 @@ def table(s: Settings, options: argparse.Namespace):
 
 def plain(s: Settings, options: argparse.Namespace):
     """Speed, memory and logits of each type beside the plain version in float32."""
-    versions = {"plain": Version(s, plain=True, channels_last=False)} | {amp: Version(s, amp) for amp in options.amp}
+    versions = {"plain": Version(s, plain=True)} | {amp: Version(s, amp) for amp in options.amp}
     speed(versions, options.batch, options)
     batch = make_batch(s, options.batch, options.device)
     first, *_ = logits = [Run(version, options.device).forward(batch) for version in versions.values()]
@@ -274,25 +265,27 @@ def plain(s: Settings, options: argparse.Namespace):
 
 
 def memory(s: Settings, options: argparse.Namespace):
-    """Clips of a step that fit in the 32 GiB of the paper's V100, extrapolated from batches of 1 and 2."""
-    row("", *(f"{amp} {what}" for amp in options.amp for what in ("clips", "GiB fixed", "GiB a clip")))
+    """Memory of a step, and the clips that fit in the 32 GiB of the paper's V100, from batches of 1 and 2."""
+    versions = {"plain": Version(s, plain=True)} | {amp: Version(s, amp) for amp in options.amp}
+    row("", *versions)
     for checkpoints in (False, True):
-        cells = []
-        for amp in options.amp:
-            one, two = (step_memory(Version(s, amp, checkpoints=checkpoints), n, options.device) / GIB for n in (1, 2))
-            cells += [max(0, int((32 - one) // (two - one)) + 1), f"{2 * one - two:.3f}", f"{two - one:.3f}"]
-        row("with --checkpointing" if checkpoints else "without checkpoints", *cells)
+        one, two = (
+            [step_memory(replace(v, checkpoints=checkpoints), n, options.device) / GIB for v in versions.values()]
+            for n in (1, 2)
+        )
+        row(f"one clip{', --checkpointing' * checkpoints}, GiB", *one, form="{:.2f}")
+        row("  each further clip, GiB", *(b - a for a, b in zip(one, two)), form="{:.2f}")
+        row("  clips in 32 GiB", *(max(0, 1 + int((32 - a) / (b - a))) for a, b in zip(one, two)))
 
 
 def variants(s: Settings, options: argparse.Namespace):
     """Layouts, and with --compile compilation, for each batch and type."""
-    torch._dynamo.config.recompile_limit = 64  # each variant is compiled for itself
+    if options.compile:
+        torch._dynamo.config.recompile_limit = 64  # each variant is compiled for itself
     for clips, amp in itertools.product(options.batches or [options.batch], options.amp):
         print(f"{clips} clips, {amp}")
-        versions = {}
-        for last, compiled in itertools.product((False, True), (False, True) if options.compile else (False,)):
-            name = ("last" if last else "first") + " compiled" * compiled
-            versions[f"channels {name}"] = Version(s, amp, channels_last=last, compiled=compiled)
+        versions = {"channels last": Version(s, amp), "channels first": Version(s, amp, channels_last=False)}
+        versions |= {"compiled": Version(s, amp, compiled=True)} if options.compile else {}
         try:
             speed(versions, clips, options)
         except torch.OutOfMemoryError:
@@ -307,9 +300,9 @@ def scaling(s: Settings, options: argparse.Namespace):
     for axis, size in ((axis, size) for axis, sizes in SWEEPS.items() for size in sizes):
         changed = replace(s, **({"height": size, "width": size} if axis == "resolution" else {axis: size}))
         run, batch = Run(Version(changed), device), make_batch(changed, 1, device)
-        work[axis, size] = [partial(by_part, run, batch, partial(clock, device))]
+        work[axis, size] = {"all": partial(by_part, run, batch, partial(clock, device))}
         flops |= {((axis, size), part): count for part, count in operations(changed, 1, device).items()}
-    times = take_turns(options.rounds, work)
+    times = take_turns(options, work)
 
     figure, plots = plt.subplots(1, len(SWEEPS), figsize=(14, 4.4), layout="constrained")
     row("time ~ size ^ exponent", "measured", "operations")
@@ -327,9 +320,10 @@ def scaling(s: Settings, options: argparse.Namespace):
         plot.set_xticks(sizes, sizes)
         plot.minorticks_off()
         plot.legend(fontsize=7)
-    options.out.mkdir(parents=True, exist_ok=True)
-    figure.savefig(options.out / f"scaling-{s.joints}.png", dpi=110)
-    print(f"drawn to {options.out / f'scaling-{s.joints}.png'}")
+    path = options.out / f"scaling-{s.joints}.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    print(f"drawn to {path}")
 
 
 def bare_decoding(folder: Path, frames: np.ndarray, size: data.Size, crop: data.Crop) -> np.ndarray:
@@ -347,11 +341,11 @@ def write_jpegs(root: Path) -> data.Source:
     """Synthetic clips as JPEG frames of 480 x 270, with noise until a frame has the bytes of a photograph."""
     image = data.need("PIL.Image", "pillow", "to write frames")
     source, whole = data.synthetic(8, 1), (slice(0, 270), slice(0, 480))
+    noise = np.random.default_rng(0).normal(0, 10, (16, 270, 480, 3))
     for clip in source.clips["train"]:
-        folder, frames = root / clip.name, np.arange(len(clip.joints))
+        folder = root / clip.name
         folder.mkdir()
-        noise = np.random.default_rng(0).normal(0, 10, (len(frames), 270, 480, 3))
-        for t, frame in enumerate(data.draw(clip.media, frames, (270, 480), whole) + noise):
+        for t, frame in enumerate(data.draw(clip.media, np.arange(16), (270, 480), whole) + noise):
             image.fromarray(frame.clip(0, 255).astype(np.uint8)).save(folder / f"{t + 1:06d}.jpg")
         clip.media, clip.size = folder, (270, 480)
     return source
@@ -365,20 +359,16 @@ def drain(dataset: data.Dataset, clips: int, workers: int, size: int = 16):
 
 
 def loader(s: Settings, options: argparse.Namespace):
-    """Loading clips from JPEG against bare decoding, by one process and by several."""
+    """Loading clips from JPEG against bare decoding by as many processes."""
     with tempfile.TemporaryDirectory() as folder:
-        source, work = write_jpegs(Path(folder)), {}
-        for workers in sorted({0, options.workers}):
-            loads = {}
-            for name, read in (("bare", bare_decoding), ("loader", data.read_jpegs)):
-                dataset = data.Dataset(replace(source, read=read), "train", s.frames, s.height, s.width)
-                loads[name] = partial(drain, dataset, options.clips, workers)
-            work[workers] = [timed(options.device, **loads)]
-        times = take_turns(options.rounds, work)
-    row(f"{s.frames} frames of a JPEG clip, clips/s", "bare", "loader", "ratio")
-    for workers in work:
-        bare, ours = (options.clips / times[workers, name] for name in ("bare", "loader"))
-        row(f"  {workers} workers" if workers else "  one process", bare, ours, ours / bare, form="{:.2f}")
+        source, loads = write_jpegs(Path(folder)), {}
+        for name, read in (("bare", bare_decoding), ("loader", data.read_jpegs)):
+            dataset = data.Dataset(replace(source, read=read), "train", s.frames, s.height, s.width)
+            loads[name] = partial(drain, dataset, options.clips, options.workers)
+        times = take_turns(options, {"": loads})
+    bare, ours = (options.clips / times["", name] for name in loads)
+    row(f"{options.workers} workers", *loads, "ratio")
+    row(f"{s.frames} frames of a JPEG clip, clips/s", bare, ours, ours / bare, form="{:.2f}")
 
 
 # --------------------------------------------------------------------------------------------------------------------

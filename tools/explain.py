@@ -26,7 +26,7 @@ import data
 import train
 from d3t import D3T, AttentionBlock, Settings, TokenSearch, mean_of_windows
 
-CELL = 8  # pixels from one RGB token to the next; token i is centred on pixel 8 i, as the trunk's odd kernels see it
+CELL = 8  # pixels from one RGB token to the next
 
 # --------------------------------------------------------------------------------------------------------------------
 # The attention of the modal tokens
@@ -146,7 +146,14 @@ def attended_frames(temporal: d3t.TemporalStrideAttention, recorded: dict, s: Se
 
 def show_frame(axis, item: dict, t: int):
     axis.imshow(item["video"][:, t].permute(1, 2, 0))
-    axis.set(xticks=[], yticks=[])
+    axis.set(xticks=[], yticks=[], autoscale_on=False)
+
+
+def cover(axis, cells: np.ndarray, stride: int, **how):
+    """Draw a map over a frame; cell i is centred on pixel i * stride, as the odd kernels of the trunk see it."""
+    height, width = cells.shape
+    edges = np.array([-0.5, width - 0.5, height - 0.5, -0.5]) * stride
+    return axis.imshow(cells, extent=edges, cmap="cividis", **how)
 
 
 def draw_tokens(plt, item: dict, found: dict, path: Path):
@@ -156,13 +163,9 @@ def draw_tokens(plt, item: dict, found: dict, path: Path):
     size = 1.4 * frames + 1.2, 1.4 * len(rows) * height / width + 0.5
     figure, axes = plt.subplots(len(rows), frames, figsize=size, squeeze=False, layout="constrained")
     for row, (name, maps) in enumerate(rows):
-        h, w = maps.shape[1:]
-        edges = (-CELL / 2 - 0.5, CELL * w - CELL / 2 - 0.5, CELL * h - CELL / 2 - 0.5, -CELL / 2 - 0.5)
         for t, axis in enumerate(axes[row]):
             show_frame(axis, item, t)
-            share = maps[t] / maps.max()
-            image = axis.imshow(share, extent=edges, cmap="cividis", alpha=0.55, vmin=0, vmax=1)
-            axis.set(xlim=(-0.5, width - 0.5), ylim=(height - 0.5, -0.5))
+            image = cover(axis, maps[t] / maps.max(), CELL, alpha=0.55, vmin=0, vmax=1)
             if name != "mean":
                 points = found["points"][row].reshape(-1, 3)
                 _, y, x = CELL * points[np.rint(points[:, 0]) == t].T
@@ -211,11 +214,10 @@ def draw_overview(plt, item: dict, found: dict, model: D3T, source: data.Source,
         left.axis("off")
 
     joint = int(item["visible"][0].float().argmax())
-    height, width = (-(-side // 2) for side in item["video"].shape[2:])
-    heat = d3t.joint_heatmaps(item["joints"][None], item["visible"][None], (height, width), 2, model.settings.sigma)
+    size = [-(-side // 2) for side in item["video"].shape[2:]]  # of F_a
+    heat = d3t.joint_heatmaps(item["joints"][None], item["visible"][None], size, 2, model.settings.sigma)
     show_frame(middle, item, 0)
-    edges = (-1, 2 * width - 1, 2 * height - 1, -1)  # cell i is centred on pixel 2 i
-    middle.imshow(heat[0, 0, joint], extent=edges, cmap="cividis", alpha=0.6)
+    cover(middle, heat[0, 0, joint], 2, alpha=0.6)
     middle.set(title=f"Eq. (2), {source.joint_names[joint]}, frame 0")
 
     best = found["probabilities"].argsort()[-5:]  # the likeliest last, which is drawn on top
