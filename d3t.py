@@ -252,7 +252,7 @@ class DeformableAttention(nn.Module):
 
 
 def window_index(length: int, window: int, stride: int) -> Tensor:
-    """Positions in each of n windows, (n, window): one every `stride`; the last is moved back to end with the series."""
+    """Positions in each of n windows, (n, window): one every `stride`, the last moved back to end with the series."""
     starts = [*range(0, length - window, stride), length - window]
     return torch.tensor(starts)[:, None] + torch.arange(window)
 

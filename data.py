@@ -755,8 +755,8 @@ def pyskl_clip(name: str, entry: dict) -> Clip:
     label, size = int(entry["label"]), frame_size(entry["img_shape"])
     if label != entry["label"] or not 0 <= label < 10_000:  # each number below the largest label is a class, too
         raise ValueError(f"label {entry['label']}")
-    # A joint that was not found lies at (0, 0) or has a score of 0.
-    visible = np.isfinite(keypoint).all(-1) & np.isfinite(score) & (score > 0) & keypoint.any(-1)
+    # A joint that was not found lies at (0, 0) or has a score of 0 or NaN.
+    visible = np.isfinite(keypoint).all(-1) & (score > 0) & keypoint.any(-1)
     joints, visible = keypoint.swapaxes(0, 1).reshape(n, -1, 2), visible.swapaxes(0, 1).reshape(n, -1)
     return Clip(name, label, joints, visible, size, None)
 

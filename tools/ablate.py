@@ -130,27 +130,6 @@ def plot(rows: list[Row], found: np.ndarray, x: str, path: Path):
     plt.close(figure)
 
 
-def run(options: argparse.Namespace, shared: list[str], words: list[str]):
-    """Train the rows of one ablation and write their table; UsageError for flags that do not go together."""
-    flags, given = train.parse_args(shared)
-    values = train.preset(flags.preset) | given
-    if values["seed"] or flags.resume or flags.overwrite or flags.eval or flags.stop_after < math.inf:
-        raise train.UsageError("--seed, --resume, --overwrite, --eval and --stop-after: not here; there is --seeds")
-    try:
-        settings = Settings(**{f.name: values[f.name] for f in fields(Settings) if f.name in values})
-    except ValueError as error:
-        raise train.UsageError(str(error)) from None
-    place = options.out / "-".join([flags.data, *shared]).replace("--", "").replace("/", "_")
-    rows = rows_of(options.what, settings)
-    shared = ["--preset", flags.preset, *shared]  # so that --resume compares all settings with the checkpoint's
-    found = train_rows(rows, place, shared, options.seeds, options.jobs)
-    text = f"`python -m tools.ablate {' '.join(words)}`\n\n{table(rows, found)}\n"
-    (place / f"{options.what}.md").write_text(text)
-    print(f"\n{text}\nin {place}")
-    if options.what.startswith("fig"):
-        plot(rows, found, "stride" if options.what == "fig7a" else "frames", place / f"{options.what}.png")
-
-
 def main(words: list[str] | None = None) -> int:
     words = sys.argv[1:] if words is None else words
     layout = argparse.RawDescriptionHelpFormatter
@@ -160,10 +139,26 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time, which share the cores [1]")
     parser.add_argument("--out", type=Path, default=Path("ablations"), metavar="DIR", help="[ablations]")
     options, shared = parser.parse_known_args(words)
-    if options.jobs < 1:
-        parser.error(f"--jobs must be 1 or more, not {options.jobs}")
     try:
-        run(options, shared, words)
+        if options.jobs < 1:
+            raise train.UsageError(f"--jobs must be 1 or more, not {options.jobs}")
+        flags, given = train.parse_args(shared)
+        values = train.preset(flags.preset) | given
+        if values["seed"] or flags.resume or flags.overwrite or flags.eval or flags.stop_after < math.inf:
+            raise train.UsageError("--seed, --resume, --overwrite, --eval and --stop-after: not here; there is --seeds")
+        try:
+            settings = Settings(**{f.name: values[f.name] for f in fields(Settings) if f.name in values})
+        except ValueError as error:
+            raise train.UsageError(str(error)) from None
+        place = options.out / "-".join([flags.data, *shared]).replace("--", "").replace("/", "_")
+        rows = rows_of(options.what, settings)
+        shared = ["--preset", flags.preset, *shared]  # so that --resume compares all settings with the checkpoint's
+        found = train_rows(rows, place, shared, options.seeds, options.jobs)
+        text = f"`python -m tools.ablate {' '.join(words)}`\n\n{table(rows, found)}\n"
+        (place / f"{options.what}.md").write_text(text)
+        print(f"\n{text}\nin {place}")
+        if options.what.startswith("fig"):
+            plot(rows, found, "stride" if options.what == "fig7a" else "frames", place / f"{options.what}.png")
         return 0
     except (train.UsageError, data.DataError, OSError) as error:
         print(f"tools.ablate: {error}", file=sys.stderr)

@@ -10,10 +10,9 @@
 
 The default is the paper's size, with the joints of Penn Action (13) and with those of two persons in NTU (50).
 
-Versions that are compared run in turns, A B A B, in one process. A time is the median of the rounds, after one round
-that only warms up; a ratio is that of two medians. Operations are those of a forward, two for each multiplication; a
-step counts as three forwards. Their rate is compared with a product of two matrices in the same rounds and type.
-Memory is the largest sum of live tensors that the allocator counts, so it does not depend on other programs.
+Versions run in turns, A B A B, in one process. A time is the median of the rounds, after one round that only warms up.
+Operations are those of a forward, two for each multiplication; a step counts as three forwards. Their rate is compared
+with a product of two matrices in the same rounds and type. Memory is the largest sum of live tensors.
 """
 
 import argparse
@@ -145,10 +144,10 @@ def take_turns(options: argparse.Namespace, work: dict[object, dict[str, Callabl
             for name, function in functions.items():
                 begin = clock(options.device)
                 returned = function()
-                seconds = {name: clock(options.device) - begin}
-                seconds |= returned if isinstance(returned, dict) else {}
-                for name, value in seconds.items():
-                    found[version, name].append(value)
+                seconds = clock(options.device) - begin
+                parts = returned if isinstance(returned, dict) else {}
+                for part, value in {name: seconds, **parts}.items():
+                    found[version, part].append(value)
     return {key: np.median(values[1:]) for key, values in found.items()}
 
 
@@ -269,10 +268,8 @@ def memory(s: Settings, options: argparse.Namespace):
     versions = {"plain": Version(s, plain=True)} | {amp: Version(s, amp) for amp in options.amp}
     row("", *versions)
     for checkpoints in (False, True):
-        one, two = (
-            [step_memory(replace(v, checkpoints=checkpoints), n, options.device) / GIB for v in versions.values()]
-            for n in (1, 2)
-        )
+        ways = [replace(version, checkpoints=checkpoints) for version in versions.values()]
+        one, two = ([step_memory(way, clips, options.device) / GIB for way in ways] for clips in (1, 2))
         row(f"one clip{', --checkpointing' * checkpoints}, GiB", *one, form="{:.2f}")
         row("  each further clip, GiB", *(b - a for a, b in zip(one, two)), form="{:.2f}")
         row("  clips in 32 GiB", *(max(0, 1 + int((32 - a) / (b - a))) for a, b in zip(one, two)))
@@ -328,12 +325,11 @@ def scaling(s: Settings, options: argparse.Namespace):
 
 def bare_decoding(folder: Path, frames: np.ndarray, size: data.Size, crop: data.Crop) -> np.ndarray:
     """In place of `data.read_jpegs`: decode and scale the same frames as a whole, and keep nothing of them."""
-    from PIL import Image
-
+    image_module = data.need("PIL.Image", "pillow", "to read frames")
     for frame in frames:
-        with Image.open(folder / f"{frame + 1:06d}.jpg") as image:
+        with image_module.open(folder / f"{frame + 1:06d}.jpg") as image:
             image.draft("RGB", size[::-1])
-            np.asarray(image.convert("RGB").resize(size[::-1], Image.Resampling.BILINEAR))
+            np.asarray(image.convert("RGB").resize(size[::-1], image_module.Resampling.BILINEAR))
     return np.empty((0, 0, 0, 3), np.uint8)
 
 
@@ -371,10 +367,6 @@ def loader(s: Settings, options: argparse.Namespace):
     row(f"{s.frames} frames of a JPEG clip, clips/s", bare, ours, ours / bare, form="{:.2f}")
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# Command line
-# --------------------------------------------------------------------------------------------------------------------
-
 SECTIONS = {f.__name__: f for f in (table, plain, memory, scaling, loader, variants)}
 
 
@@ -389,8 +381,8 @@ def parse_args(words: list[str] | None) -> tuple[argparse.Namespace, list[Settin
     add("--batch", type=int, default=8 if CUDA else 1, metavar="N", help="clips of forward and step [1; CUDA 8]")
     add("--batches", type=int, nargs="+", metavar="N", help="variants: batches to try [--batch]")
     add("--compile", action="store_true", help="variants: compiled ones, too")
-    types = [*TYPES] if CUDA else ["off", "bf16"]
-    add("--amp", nargs="+", choices=TYPES, default=types, help="types [off bf16; CUDA off bf16 fp16]")
+    amps = [*TYPES][: 3 if CUDA else 2]
+    add("--amp", nargs="+", choices=TYPES, default=amps, help="types [off bf16; CUDA off bf16 fp16]")
     add("--device", choices=("cpu", "cuda"), default="cuda" if CUDA else "cpu", help="[cuda where there is one]")
     add("--rounds", type=int, default=5, metavar="N", help="of each measurement [5]")
     text = "rows of the matrices of the product [4096; CUDA 8192]"

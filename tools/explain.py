@@ -145,7 +145,7 @@ def attended_frames(temporal: d3t.TemporalStrideAttention, recorded: dict, s: Se
 
 
 def show_frame(axis, item: dict, t: int):
-    axis.imshow(item["video"][:, t].permute(1, 2, 0))
+    axis.imshow(item["video"][:, t].permute(1, 2, 0).numpy())
     axis.set(xticks=[], yticks=[], autoscale_on=False)
 
 
@@ -189,7 +189,7 @@ def draw_joints(plt, item: dict, found: dict, names: list[str], path: Path):
     for t in range(frames):
         axis = figure.add_subplot(grid[0, t])
         show_frame(axis, item, t)
-        x, y = item["joints"][t, visible[t]].T
+        x, y = item["joints"].numpy()[t, visible[t]].T
         axis.scatter(x, y, s=30, c=share[t, visible[t]], edgecolors="white", **colours)
         axis.set_title(f"frame {t}", fontsize=8)
     axis = figure.add_subplot(grid[1, :frames])
@@ -217,7 +217,7 @@ def draw_overview(plt, item: dict, found: dict, model: D3T, source: data.Source,
     size = [-(-side // 2) for side in item["video"].shape[2:]]  # of F_a
     heat = d3t.joint_heatmaps(item["joints"][None], item["visible"][None], size, 2, model.settings.sigma)
     show_frame(middle, item, 0)
-    cover(middle, heat[0, 0, joint], 2, alpha=0.6)
+    cover(middle, heat[0, 0, joint].numpy(), 2, alpha=0.6)
     middle.set(title=f"Eq. (2), {source.joint_names[joint]}, frame 0")
 
     best = found["probabilities"].argsort()[-5:]  # the likeliest last, which is drawn on top
@@ -239,14 +239,8 @@ def draw_clip(plt, item: dict, model: D3T, source: data.Source, folder: Path):
     if "joints" in found:
         draw_joints(plt, item, found, source.joint_names, Path(f"{stem}-joints.png"))
     draw_overview(plt, item, found, model, source, Path(f"{stem}-overview.png"))
-    guess = found["probabilities"].argmax()
-    sure, label = found["probabilities"][guess], source.classes[item["label"]]
-    print(f"{item['name']}: {source.classes[guess]} ({sure:.1%}), label {label}")
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# Command line
-# --------------------------------------------------------------------------------------------------------------------
+    guess, label = source.classes[found["probabilities"].argmax()], source.classes[item["label"]]
+    print(f"{item['name']}: {guess} ({found['probabilities'].max():.1%}), label {label}")
 
 
 def load_model(path: Path, options: argparse.Namespace) -> tuple[D3T, data.Source, data.Dataset]:
@@ -256,10 +250,8 @@ def load_model(path: Path, options: argparse.Namespace) -> tuple[D3T, data.Sourc
     source = data.load(options)
     s = Settings(**saved["settings"])
     if (s.classes, s.joints) != (len(source.classes), len(source.joint_names)):
-        raise train.UsageError(
-            f"{path} has {s.classes} classes and {s.joints} joints, {options.data} has {len(source.classes)} "
-            f"and {len(source.joint_names)}: use --data {saved['data']}"
-        )
+        here = f"{options.data} has {len(source.classes)} and {len(source.joint_names)}: use --data {saved['data']}"
+        raise train.UsageError(f"{path} has {s.classes} classes and {s.joints} joints, {here}")
     model = D3T(s)
     try:
         model.load_state_dict(saved["model"])
@@ -272,8 +264,7 @@ def main(words: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--clips", type=int, nargs="+", default=[0], metavar="N", help="numbers in the test split [0]")
-    text = "folder of the pictures [explained]"
-    parser.add_argument("--out", type=Path, default=Path("explained"), metavar="DIR", help=text)
+    parser.add_argument("--out", type=Path, default=Path("explained"), metavar="DIR", help="of the files [explained]")
     data.add_flags(parser)
     parser.set_defaults(data=None)  # the data set of the checkpoint
     options = parser.parse_args(words)
