@@ -397,6 +397,8 @@ def test_check_counts_what_is_there(workers, capsys):
     source.problems.clear()
     source.clips["test"] = []
     assert check.check(source, workers) == 0
+    source.clips["train"] = []
+    assert check.check(source, workers) == 1
 
 
 def test_check_of_a_data_set_with_problems(penn, monkeypatch):
