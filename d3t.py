@@ -15,14 +15,15 @@ Every component of *Cross-Modal Learning with 3D Deformable Attention for Action
     p     the reference points of 3DTS, in tokens, ordered t, h, w; it reads Z at p + delta p
     M'    M'_CLS, the CLS token between 3D deformable attention and the fusion
 
-Z, P and M have the layout (B, T, N, D), N tokens in each frame; only inside a module are they flattened.
+Between the modules, Z, P and M have the layout (B, T, N, D), N tokens in each frame. n counts stride windows.
 
 Where the paper is silent, this file decides as follows. The README's table "Where the paper is silent" gives for each
 decision the reason and the alternative.
   - trunk: R(2+1)D-18 without temporal strides and without layer4; F_a is the output of layer1, F_b that of layer3
   - tokenizer: a joint at pixel x lies at x / 2 on F_a; sigma is one cell of F_a
-  - pose tokens: no embedding of their own (`pose_embedding` adds one); an absent joint is a token without content,
-    which all other tokens attend to
+  - video: normalised with the mean and deviation of Kinetics-400
+  - pose tokens: no embedding of their own (`pose_embedding` adds one); the token of an absent joint has no content,
+    but stays in the sequence: it is not masked
   - one LayerNorm on Z and on P where they are embedded; none before an attention, as in Eq. (6)
   - position embedding: a temporal table plus a spatial table
   - 3DTS: a depthwise convolution with kernel k and stride 1, then a pointwise one; one search for all heads
@@ -32,13 +33,16 @@ decision the reason and the alternative.
   - MSA ends in a linear layer; an FFN is 4D wide inside; no dropout
   - stride attentions: also the block of Eq. (6) and (7); "cross attention" is read as attention across modalities:
     all tokens of a window attend to all tokens of the same window
-  - windows: of one size; the last one is moved back to end with the series; a token in several windows becomes the
-    mean of its copies; joints are in one series, person after person, so a window may hold joints of two persons
+  - windows: of one size and one stride; the last one is moved back to end with the series; a token in several windows
+    becomes the mean of its copies; joints are in one series, person after person, so a window may straddle persons
   - blocks: Z, P and M pass from block to block, each block has its own weights; in the last block only the modal
     tokens are queries of temporal stride attention, because the head reads nothing else
   - fusion: one linear layer on both M'_CLS; head: one linear layer on the mean of the modal tokens over T
-  - Table 4: a disabled attention is skipped; without 3D deformable or joint attention, M'_CLS is not fused
-  - Table 5: a single token takes all three roles; without modal tokens the head gets the mean RGB and pose tokens
+  - Table 4: a disabled attention is skipped; without 3D deformable or joint attention, M'_CLS is not fused; row 2, 3D
+    deformable attention alone, never looks at the joints, so M_pose is the same for every clip
+  - Table 5: a single token takes all three roles; without modal tokens the head gets the mean RGB token and the mean
+    pose token, concatenated
+  - initial weights: see `D3T.initialize_weights`
 """
 
 from dataclasses import dataclass, field, fields
@@ -93,7 +97,7 @@ class Trunk(nn.Module):
 
     def __init__(self, C: int = 64):
         super().__init__()
-        middle = max(1, 45 * C // 64)
+        middle = max(1, 45 * C // 64)  # 45 at C = 64, as in torchvision
         self.stem = nn.Sequential(*conv2plus1d(3, middle, C, stride=2, k=7), nn.BatchNorm3d(C), nn.ReLU(inplace=True))
         self.layer1 = nn.Sequential(ResidualBlock(C, C, 1), ResidualBlock(C, C, 1))
         self.layer2 = nn.Sequential(ResidualBlock(C, 2 * C, 2), ResidualBlock(2 * C, 2 * C, 1))
@@ -161,7 +165,7 @@ class AttentionBlock(nn.Module):
         self.ffn = nn.Sequential(nn.Linear(D, 4 * D), nn.GELU(), nn.Linear(4 * D, D))
 
     def split(self, tokens: Tensor) -> Tensor:
-        return tokens.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, heads, Q, D / heads)
+        return tokens.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, heads, Q or S, D / heads)
 
     def msa(self, X: Tensor, X_: Tensor) -> Tensor:
         """MSA(X Wq, X~ Wk, X~ Wv): multi-head attention, scaled by 1/sqrt(D / heads)."""
@@ -196,15 +200,16 @@ def sample_tokens(Z: Tensor, points: Tensor) -> Tensor:
     # points lie inside the volume; padding with "border" keeps a rounded point at the edge from mixing in zeros.
     at = torch.stack([(2 * x + 1) / w - 1, (2 * y + 1) / h - 1, (2 * t + 1) / T - 1], dim=-1)
     volume = Z.to(points.dtype).permute(0, 4, 1, 2, 3)  # (B, D, T, h, w)
-    out = F.grid_sample(volume, at.flatten(1, -2)[:, None, None], padding_mode="border", align_corners=False)
+    at = at.flatten(1, -2)[:, None, None]  # (B, 1, 1, N, 3), N points
+    out = F.grid_sample(volume, at, padding_mode="border", align_corners=False)  # (B, D, 1, 1, N)
     return out[:, :, 0, 0].transpose(1, 2).unflatten(1, points.shape[1:-1])  # (B, ..., D)
 
 
 class TokenSearch(nn.Module):
     """3DTS, the 3D token search of Eq. (3) and Fig. 3: Z (B, T, h, w, D) -> Z~ (B, T~, h~, w~, D).
 
-    Offsets are in tokens (t, h, w), from -(k - 1)/2 to (k - 1)/2. Together the points reach every token, and none can
-    leave the volume. With offsets of zero and odd k, Z~ is Z without its outer (k - 1)/2 tokens.
+    Offsets are in tokens (t, h, w), from -(k - 1)/2 to (k - 1)/2 with the k of that axis. Together the points reach
+    every token, and none can leave the volume. With offsets of zero and odd k, Z~ is Z without its outer tokens.
     """
 
     def __init__(self, D: int, grid: tuple[int, int, int], k: int):
@@ -240,7 +245,7 @@ class DeformableAttention(nn.Module):
     def forward(self, Z: Tensor, M: Tensor) -> tuple[Tensor, Tensor]:
         T, h, w = self.grid
         Z_ = self.search(Z.unflatten(2, (h, w)))  # (B, T~, h~, w~, D)
-        X = torch.cat([Z, M], dim=2).flatten(1, 2)  # Eq. (4): (B, T*(h*w + 2), D)
+        X = torch.cat([Z, M], dim=2).flatten(1, 2)  # Eq. (4), frame by frame: (B, T*(h*w + 2), D)
         X_ = torch.cat([Z_.flatten(1, 3), M.flatten(1, 2)], dim=1)  # Eq. (5): (B, T~*h~*w~ + 2T, D)
         X = self.attention(X, X_)  # Eq. (6), (7)
         return X.unflatten(1, (T, -1)).split([h * w, M.shape[2]], dim=2)  # Z, [M_RGB, M'_CLS]
@@ -285,12 +290,12 @@ class JointStrideAttention(nn.Module):
     def forward(self, P: Tensor, M: Tensor) -> tuple[Tensor, Tensor]:
         R = P.shape[2]
         n, window = self.index.shape
-        X = take_windows(P, self.index, dim=2)  # (B, n, T, window, D)
-        X = torch.cat([X, M[:, None].expand(-1, n, -1, -1, -1)], dim=3)  # (B, n, T, window + 2, D)
-        tokens = X.flatten(2, 3).flatten(0, 1)  # (B*n, T*(window + 2), D)
-        X = self.attention(tokens, tokens).view(X.shape)
-        P, M = X.split([window, M.shape[2]], dim=3)
-        return mean_of_windows(P, self.index, dim=2, length=R), M.mean(1)
+        windows = take_windows(P, self.index, dim=2)  # (B, n, T, window, D)
+        windows = torch.cat([windows, M[:, None].expand(-1, n, -1, -1, -1)], dim=3)  # (B, n, T, window + 2, D)
+        tokens = windows.flatten(2, 3).flatten(0, 1)  # (B*n, T*(window + 2), D)
+        windows = self.attention(tokens, tokens).view(windows.shape)
+        joints, modal = windows.split([window, M.shape[2]], dim=3)
+        return mean_of_windows(joints, self.index, dim=2, length=R), modal.mean(1)
 
 
 class TemporalStrideAttention(nn.Module):
@@ -306,11 +311,11 @@ class TemporalStrideAttention(nn.Module):
         self.register_buffer("index", window_index(frames, window, stride), persistent=False)  # (n, window)
 
     def forward(self, X: Tensor, queries: int | None = None) -> Tensor:
-        T = X.shape[1]
-        X_ = take_windows(X, self.index, dim=1)  # (B, n, window, N, D)
-        X = X_ if queries is None else X_[:, :, :, -queries:]
-        tokens = self.attention(X.flatten(2, 3).flatten(0, 1), X_.flatten(2, 3).flatten(0, 1))  # (B*n, window*N, D)
-        return mean_of_windows(tokens.view(X.shape), self.index, dim=1, length=T)
+        windows = take_windows(X, self.index, dim=1)  # (B, n, window, N, D)
+        asking = windows if queries is None else windows[:, :, :, -queries:]  # (B, n, window, queries, D)
+        tokens = windows.flatten(2, 3).flatten(0, 1)  # (B*n, window*N, D)
+        asked = self.attention(asking.flatten(2, 3).flatten(0, 1), tokens).view(asking.shape)
+        return mean_of_windows(asked, self.index, dim=1, length=X.shape[1])
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -323,7 +328,7 @@ def setting(default, text: str):
 
 
 def check_types(settings):
-    """Raise TypeError for a field that has not its type; an int may stand for a float."""
+    """Raise TypeError for a field of the wrong type; an int may stand for a float."""
     for f in fields(settings):
         value = getattr(settings, f.name)
         if type(value) is not f.type and (type(value), f.type) != (int, float):
@@ -365,7 +370,7 @@ class Settings:
     def __post_init__(self):
         check_types(self)
         for name, value in vars(self).items():
-            if not isinstance(value, bool) and name != "modal_tokens" and not value > 0:
+            if not isinstance(value, bool) and name != "modal_tokens" and not value > 0:  # nor NaN
                 raise ValueError(f"{name} must be positive, not {value}")
         if 4 * self.channels % self.heads:
             raise ValueError(f"D = 4 * channels = {4 * self.channels} does not divide by heads = {self.heads}")
@@ -389,8 +394,8 @@ class Settings:
 class Block(nn.Module):
     """One of the L transformer blocks (Fig. 2a): Z (B, T, h*w, D), P (B, T, R, D), M (B, T, 3, D) -> the same shapes.
 
-    M is [M_RGB, M_CLS, M_pose]. In Table 5, a single token takes all three roles: every slice of M below but the empty
-    M[:, :, 2:] is that token. Without modal tokens all slices are empty.
+    M is [M_RGB, M_CLS, M_pose]. With a single token (Table 5), `rgb_cls`, `cls_pose` and `cls` are all that token and
+    the other slices are empty. Without modal tokens all are empty.
     """
 
     def __init__(self, s: Settings, last: bool):
@@ -411,10 +416,10 @@ class Block(nn.Module):
         rgb_cls, pose = M[:, :, :2], M[:, :, 2:]  # [M_RGB, M_CLS], [M_pose]
         if self.deformable is not None:
             Z, rgb_cls = self.deformable(Z, rgb_cls)  # Z, [M_RGB, M'_CLS]
-        cls_pose = torch.cat([rgb_cls, pose], dim=2)[:, :, -2:]  # [M'_CLS, M_pose]
+        cls_pose = torch.cat([rgb_cls, pose], dim=2)[:, :, -2:]  # the last two: [M'_CLS, M_pose]
         if self.joint is not None:
             P, cls_pose = self.joint(P, cls_pose)  # P, [M'_CLS, M_pose]
-        cls, pose = cls_pose[:, :, :1], cls_pose[:, :, 1:]  # M'_CLS of joint attention, [M_pose]
+        cls, pose = cls_pose[:, :, :1], cls_pose[:, :, 1:]  # the second M'_CLS, M_pose
         if self.fuse is not None:
             cls = self.fuse(torch.cat([rgb_cls[:, :, -1:], cls], dim=-1))  # M'_CLS of both attentions -> M_CLS
         M = torch.cat([rgb_cls[:, :, :-1], cls, pose], dim=2)  # [M_RGB, M_CLS, M_pose]
@@ -433,7 +438,7 @@ class D3T(nn.Module):
     joints   (B, T, R, 2) float, x then y, in pixels of the video
     visible  (B, T, R) bool; the coordinates of a joint that is not visible have no effect
     returns  logits (B, classes)
-    raises   ValueError for a shape that differs from the settings, or another type
+    raises   ValueError for a shape that differs from the settings, or a wrong dtype
     """
 
     def __init__(self, settings: Settings):
@@ -449,7 +454,8 @@ class D3T(nn.Module):
 
         self.has_pose = s.joint_attention or s.temporal_attention or not s.modal_tokens
         if self.has_pose:  # row 2 of Table 4, 3D deformable attention alone, never looks at the joints
-            # No bias: an absent joint is zero here, and a norm multiplies the gradient of a constant by 1/sqrt(eps).
+            # No bias: an absent joint is exactly zero here. With a small bias, LayerNorm would divide by almost zero,
+            # and these tokens would get a very large gradient.
             self.embed_pose = nn.Linear(s.channels, D, bias=False)
             self.norm_pose = nn.LayerNorm(D)
             self.position_p = nn.Parameter(torch.zeros(T, s.joints, D)) if s.pose_embedding else None
@@ -476,7 +482,7 @@ class D3T(nn.Module):
                 nn.init.kaiming_normal_(module.conv.weight, nonlinearity="linear")  # depthwise: the fan is k^3
                 nn.init.zeros_(module.offset.weight)
         attentions = [module for module in self.modules() if isinstance(module, AttentionBlock)]
-        for attention in attentions:  # as in GPT-2: the sum of what all layers add starts as large as a single one
+        for attention in attentions:  # as in GPT-2: what all residual branches add does not grow with their number
             for last in (attention.Wo, attention.ffn[2]):
                 last.weight.data /= (2 * len(attentions)) ** 0.5
         for name, parameter in self.named_parameters():

@@ -4,7 +4,7 @@
 
     video    uint8    (3, T, H, W)   RGB, not normalised: the model does that on its device
     joints   float32  (T, R, 2)      x then y, in pixels of this crop; the centre of its first pixel is (0, 0)
-    visible  bool     (T, R)         False for a joint that is absent, hidden, not finite or outside the crop
+    visible  bool     (T, R)         False for a joint without a known position, or outside the crop
     label    int
     name     str                     the clip
     bad      list of (str, str)      name and "FILE: reason" of the clips that this one replaces (training only)
@@ -81,7 +81,7 @@ class Source:
     classes: list[str]
     joint_names: list[str]
     flip_pairs: list[tuple[int, int]]  # joints that trade places in a mirror
-    # A clip's media, numbers of frames, the size to scale them to and the crop of that: uint8 (T, H, W, 3)
+    # read(media, numbers of frames, size to scale them to, crop of the scaled frame) -> uint8 (T, H, W, 3)
     read: Callable[[Any, np.ndarray, Size, Crop], np.ndarray]
     # Returns a clip with its joints, one row for each frame; the default copies a clip that has them
     annotate: Callable[[Clip], Clip] = replace
@@ -99,16 +99,18 @@ def need(module: str, package: str, why: str):
 
 
 def reason(error: Exception) -> str:
-    return str(error) if " " in str(error) else repr(error)  # a single word says too little
+    """What an exception says, in one line; with its type where that is a single word."""
+    text = " ".join(str(error).split())[:300]
+    return text if " " in text else repr(error)
 
 
 @contextmanager
-def blame(path: Path):
-    """Turn any exception into a BadClip that names the file: decoders raise many kinds on a damaged one."""
+def errors_as(kind: type[Exception], what: str):
+    """Turn any exception into one of this kind that begins with `what`: a damaged file can raise anything."""
     try:
         yield
     except Exception as error:
-        raise BadClip(f"{path}: {reason(error)}") from None
+        raise kind(f"{what}: {reason(error)}") from None
 
 
 def frame_size(sides) -> Size:
@@ -385,7 +387,7 @@ def read_jpegs(folder: Path, frames: np.ndarray, size: Size, crop: Crop) -> np.n
     video = np.empty((len(frames), bottom - top, right - left, 3), np.uint8)
     for t, frame in enumerate(frames):
         path = folder / f"{frame + 1:06d}.jpg"
-        with blame(path), Image.open(path, formats=["JPEG"]) as image:
+        with errors_as(BadClip, path), Image.open(path, formats=["JPEG"]) as image:
             # `draft` lets the decoder drop the detail that scaling would drop. The sides it returns are exact; those
             # of `image.size` are rounded up, and the last row and column then reach beyond the picture.
             (_, (_, _, width, height)), (h, w) = image.draft("RGB", size[::-1]), size
@@ -440,7 +442,7 @@ def open_video(path: Path):
 
 def video_length(path: Path) -> int:
     """Frames that the decoder puts out: counted from the packets, or if the file breaks off, taken from its header."""
-    with blame(path):
+    with errors_as(BadClip, path):
         container, stream = open_video(path)
         with container:
             packets = [packet for packet in container.demux(stream) if packet.size]
@@ -565,7 +567,7 @@ def ntu(roots: list[Path], protocol: str) -> Source:
 def ntu_annotate(clip: Clip) -> Clip:
     """A clip with the joints of its skeleton file, as long as the shorter of video and skeleton."""
     video, path = clip.media
-    with blame(path):
+    with errors_as(BadClip, path):
         joints, visible = two_persons(*parse_skeleton(path.read_bytes()))
         if not len(joints):
             raise ValueError("it has no frame")
@@ -659,9 +661,7 @@ def build_array(content, kind: Kind, shape, order: str, axes=None) -> np.ndarray
     if "O" in kind.code:
         return np.fromiter(content, object).reshape(shape)  # numpy writes these row by row, whatever their order
     array = np.frombuffer(content, kind.code).reshape(shape, order="C" if axes else order)
-    return (
-        array.transpose(axes) if axes else array
-    )  # since numpy 2.4 an array of this shape can have its axes exchanged
+    return array.transpose(axes) if axes else array  # numpy 2.4 writes a transposed array with the order of its axes
 
 
 class Array(np.ndarray):
@@ -696,7 +696,7 @@ class Unpickler(pickle.Unpickler):
 
 def read_pickle(path: Path, splits: tuple[str, str]) -> tuple[dict, set[str], set[str]]:
     """{clip key: (name, entry)} of a pickle in pyskl's form, and the keys that it lists for training and testing."""
-    try:
+    with errors_as(DataError, f"{path}: expected a pickle {{split, annotations}}"):
         with path.open("rb") as file:
             content = Unpickler(file).load()
         listed, annotations = content["split"], content["annotations"]
@@ -707,8 +707,6 @@ def read_pickle(path: Path, splits: tuple[str, str]) -> tuple[dict, set[str], se
         entries = {clip_key(name): (name, entry) for name, entry in zip(names, annotations)}
         if len(entries) < len(annotations):
             raise ValueError("two of its entries have one name")
-    except Exception as error:  # a damaged pickle can raise anything
-        raise DataError(f"{path}: expected a pickle {{split, annotations}}: {reason(error)}") from None
     if train & test:
         raise DataError(f"{path}: clips are for training and test alike, such as {min(train & test)}")
     return entries, train, test

@@ -649,6 +649,7 @@ def test_initial_scales():
     "changes, numbers",
     [
         (dict(joint_window=8), ("8", "7")), (dict(temporal_window=6), ("6", "5")), (dict(heads=3), ("8", "3")),
+        (dict(heads=5), ("8", "5")),
         (dict(joint_stride=5), ("5", "4")), (dict(modal_tokens=2), ("2",)), (dict(frames=0), ("0",)),
         (dict(kernel=1), ("kernel", "2")), (dict(sigma=float("nan")), ("sigma", "nan")),
         (dict(deformable_attention=False, temporal_attention=False), ("deformable_attention",)),
@@ -661,6 +662,11 @@ def test_settings_that_cannot_be(changes, numbers):
     with pytest.raises((ValueError, TypeError)) as error:
         small(**changes)
     assert all(number in str(error.value) for number in numbers)
+
+
+def test_an_integer_may_stand_for_a_float():
+    """Catches: `--sigma 2` or Settings(sigma=2) refused."""
+    assert small(sigma=2).sigma == 2
 
 
 @pytest.mark.parametrize(
@@ -1726,8 +1732,8 @@ def test_evaluation():
     model.forward = lambda video, joints, visible: F.one_hot(torch.ones(len(video), dtype=torch.long), 4).float()
     run = argparse.Namespace(
         ranks=train.Ranks(0, 1, torch.device("cpu")), model=model, signal=0, recipe=train.Recipe(batch=8),
-        options=argparse.Namespace(workers=0), autocast=contextlib.nullcontext,
-        bar=lambda **how: train.tqdm(disable=True),
+        options=argparse.Namespace(workers=0), bar=lambda **how: train.tqdm(disable=True),
+        logits=lambda net, batch: net(batch["video"], batch["joints"], batch["visible"]),
     )  # fmt: skip
     result, scores = train.evaluate(run, dataset)
     assert len({*labels}) == 3 and abs((labels == 1).mean() - 1 / 3) > 0.02

@@ -5,9 +5,9 @@
     python train.py --data pennaction --eval runs/pennaction/best.pt
 
 A run writes `last.pt`, `best.pt` and `log.jsonl` (one line an epoch) to its folder. After Ctrl-C, SIGTERM or a crash,
-the same command with `--resume` goes on, also in the middle of an epoch. Every random draw is a function of (seed,
-epoch, clip). So a checkpoint needs no random state, and on a CPU a resumed run ends with the same weights as a run that
-was never stopped.
+the same command with `--resume` goes on, also in the middle of an epoch. Each random draw has a generator of its own,
+made from the seed, the epoch and the clip. So a checkpoint needs no random state, and on a CPU a resumed run ends with
+the same weights as a run that was never stopped.
 
 Exit status: 0 done; 1 the run, its data or its disk failed; 2 a flag or a file it names cannot be used; 128 + n stopped
 by signal n.
@@ -24,7 +24,7 @@ import pickle
 import signal
 import sys
 import time
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, field, fields
 from itertools import islice
 from pathlib import Path
@@ -41,7 +41,7 @@ from tqdm import tqdm
 
 import data
 from d3t import D3T, Settings, check_types, setting
-from data import DataError, UsageError
+from data import DataError, UsageError, errors_as, reason
 
 
 class RunError(Exception):
@@ -146,7 +146,7 @@ class Ranks:
 
 
 def training_batches(clips: int, recipe: Recipe, epoch: int, seen: int, ranks: Ranks) -> list[list[tuple[int, int]]]:
-    """The micro-batches of (epoch, clip) that this rank loads in what is left of an epoch after `seen` clips.
+    """The micro-batches of this rank for the rest of an epoch, after `seen` clips; an item is (epoch, clip).
 
     The order is a function of (seed, epoch). Each step takes the next `batch` clips, and the ranks share them. Clips
     that do not fill a last step are dropped this epoch.
@@ -175,10 +175,6 @@ def leave_group(worker: int):
     """Ctrl-C and SIGTERM go to a whole process group; they must not kill the workers, which the rank itself ends."""
     if hasattr(os, "setpgrp"):  # not on Windows
         os.setpgrp()
-
-
-def inputs(batch: dict, device: torch.device) -> list[torch.Tensor]:
-    return [batch[key].to(device, non_blocking=True) for key in ("video", "joints", "visible", "label")]
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -216,9 +212,11 @@ class Run:
     mean_loss: float = math.nan  # of this epoch, when it was last looked at
     signal: int = 0  # that asked the run to stop
 
-    def autocast(self):
+    def logits(self, net: torch.nn.Module, batch: dict) -> torch.Tensor:
+        clip = [batch[key].to(self.ranks.device, non_blocking=True) for key in ("video", "joints", "visible")]
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.options.amp)
-        return torch.autocast(self.ranks.device.type, dtype=dtype, enabled=dtype is not None)
+        with torch.autocast(self.ranks.device.type, dtype=dtype, enabled=dtype is not None):
+            return net(*clip).float()
 
     def bar(self, **how) -> tqdm:
         return tqdm(leave=False, disable=self.ranks.rank > 0 or None, **how)  # None: only in a terminal
@@ -240,11 +238,9 @@ def backward(run: Run, batches: list[dict]) -> torch.Tensor:
     total = 0.0
     for i, batch in enumerate(batches):
         more = i + 1 < len(batches) and run.ranks.size > 1
-        video, joints, visible, label = inputs(batch, run.ranks.device)
-        with run.net.no_sync() if more else nullcontext():  # the ranks average gradients in the last backward alone
-            with run.autocast():
-                logits = run.net(video, joints, visible)
-            loss = F.cross_entropy(logits.float(), label) / len(batches)
+        with run.net.no_sync() if more else nullcontext():  # DDP averages gradients in the last backward alone
+            label = batch["label"].to(run.ranks.device, non_blocking=True)
+            loss = F.cross_entropy(run.logits(run.net, batch), label) / len(batches)
             run.scaler.scale(loss).backward()
         total = total + loss.detach()
     return total
@@ -256,15 +252,16 @@ def train_one_epoch(run: Run, dataset: data.Dataset) -> bool:
     run.net.train()
     batches = training_batches(len(dataset), recipe, progress.epoch, progress.seen, ranks)
     loader = iter(load_batches(dataset, batches, options.workers, ranks.device))
-    sums = torch.tensor([progress.loss, 0.0], dtype=torch.float64, device=ranks.device)  # of losses, of gradient norms
+    # Sums on the device: of the losses of this epoch, and of the gradient norms since it began or went on.
+    sums = torch.tensor([progress.loss, 0.0], dtype=torch.float64, device=ranks.device)
     begin = time.time() - progress.seconds
     stop = progress.step >= options.stop_after
     with run.bar(desc=f"epoch {progress.epoch + 1}", total=len(dataset), initial=progress.seen, unit="clip") as bar:
-        while not stop and (step := list(islice(loader, recipe.accumulate))):
+        while not stop and (parts := list(islice(loader, recipe.accumulate))):  # one step
             rate = learning_rate(recipe, progress.epoch + (progress.seen + recipe.batch) / len(dataset))
             for group in run.optimizer.param_groups:
                 group["lr"] = rate
-            loss = backward(run, step)
+            loss = backward(run, parts)
             run.scaler.unscale_(run.optimizer)  # before the gradients are clipped
             norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), recipe.clip)
             run.scaler.step(run.optimizer)
@@ -274,13 +271,14 @@ def train_one_epoch(run: Run, dataset: data.Dataset) -> bool:
             progress.step += 1
             progress.seen += recipe.batch
             sums += torch.stack([loss * recipe.batch, norm])
-            bad = [clip for batch in step for clip in batch["bad"]]
+            bad = [clip for batch in parts for clip in batch["bad"]]
             signals, replaced = ranks.sum([run.signal, len(bad)]).tolist()  # all ranks take the same branch
             if replaced:
                 note_bad_clips(run, ranks.gather(bad), len(dataset))
             stop = signals > 0 or progress.step >= options.stop_after
-            save = stop or progress.seen + recipe.batch > len(dataset) or progress.step % options.save_every == 0
-            if save or progress.step % 10 == 0:  # not at every step, because it waits for the device
+            last = progress.seen + recipe.batch > len(dataset)
+            save = stop or last or progress.step % options.save_every == 0
+            if save or progress.step % 10 == 0:  # not at every step, because reading the sums waits for the device
                 check_sums(run, sums)
                 bar.set_postfix(loss=f"{run.mean_loss:.3f}", refresh=False)
             if save:
@@ -303,13 +301,13 @@ def check_sums(run: Run, sums: torch.Tensor):
 
 
 def note_bad_clips(run: Run, bad: list[tuple[str, str]], clips: int):
-    """Warn of clips that were replaced by others, each once an epoch; more than 1 % of all clips end the run."""
+    """Warn of replaced clips, each once an epoch; the run ends if they are more than one and more than 1 % of all."""
     known = run.progress.bad_clips
-    for name, reason in bad:
+    for name, why in bad:
         if name not in known:
-            known[name] = reason
+            known[name] = why
             if run.ranks.rank == 0:
-                print(f"\nwarning: a clip was replaced by another one: {reason[:500]}", file=sys.stderr, flush=True)
+                print(f"\nwarning: a clip was replaced by another one: {why[:500]}", file=sys.stderr, flush=True)
     if len(known) > max(1, clips / 100):
         reasons = "\n".join(known.values())
         raise RunError(f"{len(known)} of {clips} clips, more than 1 %, cannot be read:\n{reasons}")
@@ -329,16 +327,13 @@ def evaluate(run: Run, dataset: data.Dataset) -> tuple[dict, dict]:
     scores = []  # of each clip: its number, name, label, logits
     with run.bar(desc="testing", total=len(mine), unit="clip") as bar:
         for batch in load_batches(dataset, batches, run.options.workers, ranks.device):
-            if run.signal:  # the epoch was saved before its test
+            if run.signal:  # nothing is lost: the epoch was saved before its test
                 if ranks.rank == 0:
                     print("stopped in a test; go on with --resume")
                 raise SystemExit(128 + run.signal)
-            video, joints, visible, label = inputs(batch, ranks.device)
-            with run.autocast():
-                logits = run.model(video, joints, visible)
-            numbers = mine[len(scores) : len(scores) + len(label)]
-            scores += zip(numbers, batch["name"], batch["label"].tolist(), logits.float().cpu().numpy())
-            bar.update(len(label))
+            logits, done = run.logits(run.model, batch).cpu().numpy(), len(scores)
+            scores += zip(mine[done : done + len(logits)], batch["name"], batch["label"].tolist(), logits)
+            bar.update(len(logits))
     _, names, labels, logits = zip(*sorted(ranks.gather(scores), key=lambda score: score[0]))
     labels, logits = np.array(labels), np.stack(logits)
     right = logits.argmax(1) == labels
@@ -353,58 +348,50 @@ def evaluate(run: Run, dataset: data.Dataset) -> tuple[dict, dict]:
 
 
 def save_checkpoint(run: Run, name: str):
-    """Write a file of the run beside its place and rename it, so that a file of that name is always whole."""
+    """Write a temporary file and rename it, so that a file of that name is always whole."""
     if run.ranks.rank > 0:
         return
     path = run.options.out / name
     state = {part: getattr(run, part).state_dict() for part in ("model", "optimizer", "scaler")}
     state |= {part: asdict(getattr(run, part)) for part in ("progress", "settings", "recipe")}
     state |= {"data": run.options.data, "clips": run.clips}
-    beside, buffer = path.with_suffix(".tmp"), io.BytesIO()
+    temporary, buffer = path.with_suffix(".tmp"), io.BytesIO()
     torch.save(state, buffer)  # torch.save to a file aborts the process when the disk is full
     try:
-        with beside.open("wb") as file:
+        with temporary.open("wb") as file:
             file.write(buffer.getbuffer())
             file.flush()
             os.fsync(file.fileno())
-        os.replace(beside, path)
+        os.replace(temporary, path)
     except OSError as error:
-        beside.unlink(missing_ok=True)
-        raise RunError(f"{path} cannot be written, the one before it stays: {one_line(error)}") from None
+        temporary.unlink(missing_ok=True)
+        raise RunError(f"{path} cannot be written, the one before it stays: {reason(error)}") from None
 
 
-def one_line(error: Exception) -> str:
-    return f"{type(error).__name__} {' '.join(str(error).split())[:300]}"
-
-
-@contextmanager
-def usage_errors(what: str):
-    """Turn any exception into a UsageError that begins with `what`: a damaged file can raise anything."""
+def read_tensors(path: Path) -> dict:
     try:
-        yield
+        return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:  # its text advises to trust the file
-        raise UsageError(f"{what}: it holds more than tensors and plain values, or is damaged") from None
-    except Exception as error:
-        raise UsageError(f"{what}: {one_line(error)}") from None
+        raise ValueError("it holds more than tensors and plain values, or is damaged") from None
 
 
 def load_checkpoint(path: Path) -> dict:
-    with usage_errors(f"{path} is no checkpoint of this train.py"):
-        saved = torch.load(path, map_location="cpu", weights_only=True)
+    with errors_as(UsageError, f"{path} is no checkpoint of this train.py"):
+        saved = read_tensors(path)
         for part, kind in (("settings", Settings), ("recipe", Recipe), ("progress", Progress)):
-            kind(**saved[part])  # raises for fields of another version and for values that cannot be
+            kind(**saved[part])  # raises for the fields of another version and for invalid values
         return {key: saved[key] for key in STATE}
 
 
 def load_trunk(model: D3T, path: Path):
     """Load weights with torchvision's names, such as `r2plus1d_18`'s, into the trunk; layer4 and fc are not needed."""
-    with usage_errors(f"--weights {path} does not fit the trunk"):
-        weights = torch.load(path, map_location="cpu", weights_only=True)
+    with errors_as(UsageError, f"--weights {path} does not fit the trunk"):
+        weights = read_tensors(path)
         weights = {key: value for key, value in weights.items() if not key.startswith(("layer4.", "fc."))}
         model.trunk.load_state_dict(weights)
 
 
-def goes_on(options: argparse.Namespace) -> bool:
+def must_go_on(options: argparse.Namespace) -> bool:
     """Whether the folder holds a run that goes on; UsageError if it holds one that a new run would overwrite."""
     held = [name for name in FILES if (options.out / name).exists()]
     # torchrun --max-restarts repeats the command; then --overwrite must not delete what the same run has trained.
@@ -413,17 +400,17 @@ def goes_on(options: argparse.Namespace) -> bool:
         return True
     if held and not options.overwrite:
         raise UsageError(
-            f"{options.out} holds {', '.join(held)} of a run: --resume goes on from its last.pt, --overwrite starts "
-            "anew, or use another --out"
+            f"{options.out} holds {', '.join(held)} of a run: --resume goes on where there is a last.pt, --overwrite "
+            "starts anew, or use another --out"
         )
-    with usage_errors(f"--out {options.out}"):
+    with errors_as(UsageError, f"--out {options.out}"):
         options.out.mkdir(parents=True, exist_ok=True)
     return False
 
 
 def make_model(settings: Settings, recipe: Recipe, options: argparse.Namespace) -> D3T:
     torch.manual_seed(recipe.seed)
-    with usage_errors("a model of these settings cannot be made"):  # too large
+    with errors_as(UsageError, "a model of these settings cannot be made"):  # too large
         model = D3T(settings)
     if options.checkpointing:
         for block in model.blocks:
@@ -496,7 +483,7 @@ def parse_args(words: list[str] | None) -> tuple[argparse.Namespace, dict]:
         raise UsageError("--eval tests a checkpoint: it does not go with --preset or --weights")
     if options.scores and not (options.eval and options.scores.suffix == ".npz" and not options.scores.exists()):
         raise UsageError(f"--scores {options.scores} needs --eval, and a new file that ends with .npz")
-    if options.resume and options.preset:  # all that the preset fixes is compared with the run
+    if options.resume and options.preset:  # then all its values must be those of the run, but for these
         given = {k: v for k, v in preset(options.preset).items() if k not in ("batch", "accumulate")} | given
     synthetic = options.data == "synthetic"
     options.out = options.out or Path("runs", options.data)
@@ -521,7 +508,7 @@ def configure(options: argparse.Namespace, given: dict, source: data.Source, sav
     given = given | {"classes": len(source.classes), "joints": len(source.joint_names)}
     if saved:
         values = saved["recipe"] | saved["settings"]
-        free = saved["recipe"] if options.eval else ("batch", "accumulate")  # may differ from the run so far
+        free = saved["recipe"].keys() if options.eval else {"batch", "accumulate"}  # may differ from the checkpoint
         clash = [f"{k} is {values.get(k)}, not {v}" for k, v in given.items() if values.get(k) != v and k not in free]
         if clash:
             raise UsageError("the checkpoint does not fit: " + "; ".join(clash))
@@ -558,7 +545,7 @@ def make_run(options: argparse.Namespace, given: dict) -> tuple[Run, data.Source
     """A run in the state from which it starts or goes on, and its data set."""
     ranks = Ranks.join(options.device)
     if not options.eval:
-        options.resume = ranks.from_first(lambda: goes_on(options))
+        options.resume = ranks.from_first(lambda: must_go_on(options))
     path = options.eval or options.out / "last.pt"
     saved = load_checkpoint(path) if options.eval or options.resume else None
     if saved and saved["data"] != options.data:
@@ -574,7 +561,7 @@ def make_run(options: argparse.Namespace, given: dict) -> tuple[Run, data.Source
     scaler = torch.amp.GradScaler(options.device, enabled=options.amp == "fp16")
     if options.weights and not saved:
         load_trunk(model, options.weights)
-    with usage_errors(f"{path} does not fit"):
+    with errors_as(UsageError, f"{path} does not fit"):
         if saved:
             model.load_state_dict(saved["model"])
         if options.resume:
@@ -594,7 +581,7 @@ def fit(run: Run, train: data.Dataset, test: data.Dataset) -> int:
     if first and not options.resume:
         for name in FILES:
             (options.out / name).unlink(missing_ok=True)
-    elif first and log.exists():  # the line of an epoch that ended after the checkpoint will be written again
+    elif first and log.exists():  # drop the lines of epochs that ended after the checkpoint
         log.write_text("".join(log.read_text().splitlines(keepends=True)[: run.progress.epoch]))
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, run.on_signal)
@@ -656,7 +643,7 @@ def main(words: list[str] | None = None) -> int:
             todo = f"goes on at step {run.progress.step}" if options.resume else "starts"
             values = vars(options) | asdict(run.recipe) | asdict(s)
             print(f"D3T {'tests' if options.eval else todo}, torch {torch.__version__}, {run.ranks.size} x", end=" ")
-            print(*(f"{name}={value}" for name, value in values.items()), flush=True)
+            print(*(f"{name}={value}" for name, value in values.items() if name != "preset"), flush=True)
         train, test = (
             data.Dataset(source, split, s.frames, s.height, s.width, run.recipe.seed, run.recipe.hide)
             for split in ("train", "test")

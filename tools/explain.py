@@ -256,7 +256,7 @@ def load_model(path: Path, options: argparse.Namespace) -> tuple[D3T, data.Sourc
     try:
         model.load_state_dict(saved["model"])
     except RuntimeError as error:
-        raise train.UsageError(f"{path} does not fit: {train.one_line(error)}") from None
+        raise train.UsageError(f"{path} does not fit: {data.reason(error)}") from None
     return model.eval(), source, data.Dataset(source, "test", s.frames, s.height, s.width)
 
 
