@@ -83,7 +83,7 @@ class Source:
     flip_pairs: list[tuple[int, int]]  # joints that trade places in a mirror
     # read(media, numbers of frames, size to scale them to, crop of the scaled frame) -> uint8 (T, H, W, 3)
     read: Callable[[Any, np.ndarray, Size, Crop], np.ndarray]
-    # Returns a clip with its joints, one row for each frame; the default copies a clip that has them
+    # annotate(clip) -> a copy with its joints, one row for each frame; the default is for clips that have them
     annotate: Callable[[Clip], Clip] = replace
     clips: dict[str, list[Clip]] = field(default_factory=lambda: {"train": [], "test": []})
     problems: list[str] = field(default_factory=list)  # "FILE: reason" of what the source could not index
@@ -226,7 +226,7 @@ def collate(samples: list[dict]) -> dict:
 # Synthetic: two figures act, the joints say which of them is meant
 # --------------------------------------------------------------------------------------------------------------------
 
-PENN_JOINTS = [  # left and right as the viewer sees them: who faces the camera has the right arm on the "left"
+PENN_JOINTS = [  # "left" is the left side of the picture: the right arm of a person who faces the camera
     "head", "left shoulder", "right shoulder", "left elbow", "right elbow", "left wrist", "right wrist",
     "left hip", "right hip", "left knee", "right knee", "left ankle", "right ankle",
 ]  # fmt: skip
@@ -356,8 +356,8 @@ def penn_action(roots: list[Path]) -> Source:
 def penn_label(path: Path, folder: Path) -> tuple[str, Clip]:
     """The split and the clip of one label file.
 
-    A joint that is occluded but has a position counts as visible. One that was never annotated is invisible and lies
-    at the first pixel of the picture that was annotated, which is at most (1.52, 1.52) after the clip was resized.
+    A joint that is occluded but has a position counts as visible. One without annotation is marked invisible and stored
+    at the first pixel of the original picture; after the clip was resized, this is at most (1.52, 1.52).
     """
     from scipy.io import loadmat
 
@@ -429,7 +429,7 @@ def find_files(roots: list[Path], endings: tuple[str, ...]) -> dict[str, list[Pa
 
 
 def open_video(path: Path):
-    """The container of a file and its video, which is decoded on one thread: each loading process is one."""
+    """The container of a file and its video, decoded on one thread, because a loader already has several processes."""
     import av
 
     container = av.open(f"file:{path}", options=VIDEO_FORMATS)  # without "file:", a colon in the name makes a protocol
@@ -510,9 +510,9 @@ NTU_LISTS = {  # by the number of actions
     60: "NTU_RGBD_samples_with_missing_skeletons.txt",
     120: "NTU_RGBD120_samples_with_missing_skeletons.txt",
 }
-# Who is not a person: the rules of CTR-GCN (get_raw_denoised_data.py, with 0.69754) and pyskl (ntu_preproc.py).
+# Who is not a person: the rules of pyskl (ntu_preproc.py) and CTR-GCN (get_raw_denoised_data.py: a share of 0.69754).
 GHOST_FRAMES, GHOST_SPREAD, GHOST_SHARE = 11, 0.8, 0.7
-RENAMED = 1.0  # metres from where one id ends to where another begins, below which it is the same person (ours)
+RENAME_DISTANCE = 1.0  # metres from where one id ends to where another begins, below which it is the same person (ours)
 
 
 def ntu_split(name: str, protocol: str) -> str | None:
@@ -578,8 +578,8 @@ def ntu_annotate(clip: Clip) -> Clip:
 def parse_skeleton(text: bytes) -> tuple[int, dict[int, dict[int, np.ndarray]]]:
     """The number of frames of a .skeleton file, and the fields (25, 12) of each body by its id and its frame.
 
-    Ids lie near 2^56, where a float would make one of two persons. The fields of a joint are x y z, depth x y,
-    colour x y, a quaternion and the tracking state.
+    Ids are near 2^56, where two of them could be equal as floats. The fields of a joint are x y z, depth x y, colour x y,
+    a quaternion and the tracking state: 0 not tracked, 1 inferred, 2 tracked.
     """
     lines, bodies = iter(text.splitlines()), defaultdict(dict)
     try:
@@ -627,7 +627,7 @@ def join_renamed(bodies: dict[int, dict[int, np.ndarray]]) -> list[dict[int, np.
             nearest = min(person, key=lambda frame: (abs(frame - start), frame))
             apart = (person[nearest] - track[start])[:, :3].mean(0)
             gaps.append(np.inf if person.keys() & track.keys() else np.linalg.norm(apart))
-        if min(gaps, default=np.inf) < RENAMED:
+        if min(gaps, default=np.inf) < RENAME_DISTANCE:
             persons[np.argmin(gaps)].update(track)
         else:
             persons.append(track)
