@@ -578,8 +578,8 @@ def ntu_annotate(clip: Clip) -> Clip:
 def parse_skeleton(text: bytes) -> tuple[int, dict[int, dict[int, np.ndarray]]]:
     """The number of frames of a .skeleton file, and the fields (25, 12) of each body by its id and its frame.
 
-    Ids are near 2^56, where two of them could be equal as floats. The fields of a joint are x y z, depth x y, colour x y,
-    a quaternion and the tracking state: 0 not tracked, 1 inferred, 2 tracked.
+    Ids are near 2^56, where two of them could be equal as floats. The fields of a joint are x y z, depth x y, colour
+    x y, a quaternion and the tracking state: 0 not tracked, 1 inferred, 2 tracked.
     """
     lines, bodies = iter(text.splitlines()), defaultdict(dict)
     try:
