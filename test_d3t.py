@@ -1818,6 +1818,17 @@ def test_an_epoch_is_logged_once(fit, tmp_path):
     same_runs(tmp_path / "run", tmp_path / "whole")
 
 
+def test_seconds_of_an_epoch(fit, tmp_path):
+    """Catches: the seconds before a stop that are lost or subtracted when the run goes on."""
+    assert fit("--stop-after 3")[0] == 0
+    state = checkpoint(tmp_path / "run")
+    state["progress"]["seconds"] += 1000
+    torch.save(state, tmp_path / "run" / "last.pt")
+    assert fit("--resume")[0] == 0
+    seconds = [json.loads(line)["seconds"] for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert 1000 < seconds[0] < 1100 and 0 < seconds[1] < 100
+
+
 def test_another_batch_and_precision(fit, tmp_path):
     """Catches: a checkpoint that needs the batch, the parts or the precision it was written with."""
     assert fit("--stop-after 2 --accumulate 4")[0] == 0
