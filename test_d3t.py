@@ -867,6 +867,16 @@ def test_flip_pairs(body):
     assert {names[a]: names[b] for a, b in pairs} == {name: name.replace("left", "right") for name in left}
 
 
+def test_edges_of_the_figures():
+    """Catches: a limb between joints that are no neighbours."""
+    pairs = {**dict(data.PENN_PAIRS), **{b: a for a, b in data.PENN_PAIRS}}
+    edges = {frozenset(edge) for edge in data.PENN_EDGES}
+    assert {frozenset(pairs.get(joint, joint) for joint in edge) for edge in edges} == edges
+    still, kicking = (data.pose(3, np.array([swing]), 0)[0] for swing in (0.0, 1.0))
+    for a, b in data.PENN_EDGES:  # a limb keeps its length
+        assert np.linalg.norm(still[a] - still[b]) == pytest.approx(np.linalg.norm(kicking[a] - kicking[b]))
+
+
 def test_synthetic_clips_need_both_modalities():
     """Catches: a label that the annotated joints or the order of the figures give away, or that is the other one's."""
     swing, actors = np.linspace(0, 1, 9), []
