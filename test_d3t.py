@@ -872,9 +872,10 @@ def test_edges_of_the_figures():
     pairs = {**dict(data.PENN_PAIRS), **{b: a for a, b in data.PENN_PAIRS}}
     edges = {frozenset(edge) for edge in data.PENN_EDGES}
     assert {frozenset(pairs.get(joint, joint) for joint in edge) for edge in edges} == edges
-    still, kicking = (data.pose(3, np.array([swing]), 0)[0] for swing in (0.0, 1.0))
-    for a, b in data.PENN_EDGES:  # a limb keeps its length
-        assert np.linalg.norm(still[a] - still[b]) == pytest.approx(np.linalg.norm(kicking[a] - kicking[b]))
+    start, end = np.array(data.PENN_EDGES).T
+    poses = np.concatenate([data.pose(action, np.linspace(0, 1, 5), 1) for action in range(4)])
+    lengths = np.linalg.norm(poses[:, start] - poses[:, end], axis=-1)
+    assert np.allclose(lengths, lengths[0])  # whatever the figure does
 
 
 def test_synthetic_clips_need_both_modalities():
