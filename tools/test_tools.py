@@ -1,5 +1,6 @@
 """Tests of the tools. Each docstring names the bug that the test catches."""
 
+import argparse
 import contextlib
 import dataclasses
 import json
@@ -19,7 +20,7 @@ import test_d3t
 import train
 from d3t import D3T, AttentionBlock, Settings, TokenSearch
 from test_d3t import SMALL, checkpoint, clip_for, close, loop_search, loop_starts, python, randomize, small, weights
-from tools import ablate, bench, check, explain
+from tools import ablate, bench, check, explain, search
 
 fit, penn = test_d3t.fit, test_d3t.penn  # fixtures, by assignment: the arguments of tests would hide imported names
 CPU = torch.device("cpu")
@@ -419,3 +420,66 @@ def test_check_of_what_is_not_there(folder, status, said, penn, capsys):
     assert check.main(["--data", "pennaction", "--root", str(penn / folder)]) == status
     errors = capsys.readouterr().err
     assert said in errors and len(errors.splitlines()) == 1
+
+
+SEARCH = dict(grid=[3, 7, 7], kernel=3, steps=250, batch=32, noise=0.2, rate=0.01, scale=search.SCALE)
+
+
+def test_search_reads_what_the_regular_grid_does_not():
+    """Catches: a search that cannot learn where to read, points outside the volume, a frozen search that moves."""
+    options = argparse.Namespace(**SEARCH)
+    (top1, before, after, _), (label, guess, marked, _, points) = search.experiment(options, 3, False)
+    near = [min(math.dist(p, at) for p in several) for several, at in zip(points.tolist(), marked.tolist())]
+    assert top1 == (label == guess).float().mean() and top1 >= 0.95
+    assert abs(np.mean(near) - after) < 1e-5 and after < 0.5 and before > 1
+    assert ((points >= 0) & (points <= torch.tensor([2, 6, 6]))).all()
+    (top1, before, after, _), _ = search.experiment(options, 3, True)
+    assert top1 <= 0.4 and before == after > 1
+
+
+def test_samples_of_the_search():
+    """Catches: a marked token the regular grid reads in part, a displacement to another token, a code elsewhere."""
+    options = argparse.Namespace(**SEARCH | {"grid": [2, 5, 6], "kernel": 5, "noise": 0})
+    torch.manual_seed(0)
+    Z, label, marked = search.draw_samples(options, 400, torch.arange(1.0, 53).view(4, 13))
+    for z, code, at in zip(Z, 13 * label, marked.tolist()):
+        assert all(max(abs(a - p) for a, p in zip(at, point)) >= 1 for point in [(0.5, 2, 2), (0.5, 2, 3)])
+        for n in np.ndindex(2, 5, 6):
+            assert z[n][:3].tolist() == [search.SCALE * (a - i) for a, i in zip(at, n)]
+            assert z[n][3:].tolist() == [code + i + 1 if [*n] == at else 0 for i in range(13)]
+    assert len(marked.unique(dim=0)) == 2 * (5 * 6 - 2)
+
+
+def test_picture_of_the_search(tmp_path, monkeypatch):
+    """Catches: points with x and y exchanged or in another frame, before and after exchanged, another token marked."""
+    plots, drawn = pytest.importorskip("matplotlib.figure", reason="needs matplotlib, for pictures"), []
+    monkeypatch.setattr(plots.Figure, "savefig", lambda figure, path, **how: drawn.append(figure))
+    marked, before = torch.tensor([[1, 2, 0]] * 3), torch.tensor([[[0.4, 1.0, 2.0], [0.9, 0.5, 1.5]]] * 3)
+    found = torch.tensor([1, 2, 3]), torch.tensor([1, 0, 3]), marked, before, before.flip(2) / 4 + 0.3
+    search.draw(plots, argparse.Namespace(grid=[2, 3, 4], out=tmp_path), found)
+    for axis, hollow, filled in zip(drawn[0].axes[2:4], ([2, 1], [1.5, 0.5]), ([], [[0.4, 0.55], [0.525, 0.425]])):
+        assert np.array(axis.collections[1].get_offsets()).tolist() == [hollow]
+        close(np.append(axis.collections[2].get_offsets(), 1), np.append(filled, 1), 1e-6)
+        assert axis.get_ylim() == (2.5, -0.5) and not len(axis.collections[1].get_facecolor())
+    assert np.argwhere(axis.collections[0].get_array()).tolist() == [[2, 0]]
+    assert drawn[0].axes[2].get_title("left") == "sample 1: code 2, predicted 0"
+
+
+def test_command_of_the_search(tmp_path, capsys):
+    """Catches: a flag or a seed that is ignored, a table of other figures, a wrong flag that is a traceback."""
+    pytest.importorskip("matplotlib", reason="needs matplotlib, for pictures")
+    flags = "--kernel 4 --grid 2 5 4 --steps 2 --batch 3 --noise 0.5 --rate 0.1 --without-displacement --seeds 4 --out"
+    search.main([*flags.split(), f"{tmp_path}/out"])
+    size = dict(grid=[2, 5, 4], kernel=4, steps=2, batch=3, noise=0.5, rate=0.1, scale=0)
+    for line, name in zip(capsys.readouterr().out.splitlines()[2:], ("learned", "frozen"), strict=True):
+        top1, before, after, _ = search.experiment(argparse.Namespace(**size), 4, name == "frozen")[0]
+        assert line.startswith(f"| {name} | 4 | {top1:.1%} | {before:.2f} | {after:.2f} | 2 | ")
+    assert (tmp_path / "out" / "search.png").stat().st_size
+    near = [search.experiment(argparse.Namespace(**size), seed, False)[0][2] for seed in (4, 5)]
+    for other in ({"steps": 3}, {"batch": 4}, {"noise": 0.4}, {"rate": 0.2}, {"scale": 1}):
+        near.append(search.experiment(argparse.Namespace(**size | other), 4, False)[0][2])
+    assert len({float(distance) for distance in near}) == 7
+    for words in ("--kernel 2", "--grid 2 2 2", "--grid 3 0 7", "--steps 0", "--noise -1", "--rate 0", "--seeds -1"):
+        with pytest.raises(SystemExit, match="2"):
+            search.main(words.split())
+        assert len(capsys.readouterr().err.splitlines()) == 1
