@@ -2185,6 +2185,7 @@ train.leave(train.record(train.main)(sys.argv[1:]))
 
 GRADIENT = """
 import dataclasses, sys, torch, train
+train.data.SOURCES["synthetic"] = lambda: train.data.synthetic(train=43, test=11), []
 run, source = train.make_run(*train.parse_args(sys.argv[3:]))
 s = run.settings
 dataset = train.data.Dataset(source, "train", s.frames, s.height, s.width)
@@ -2266,10 +2267,10 @@ def start(folder, *flags, **environment):
     return subprocess.Popen([*map(str, command)], env=environment, cwd=folder, start_new_session=True, **pipes)
 
 
-@pytest.mark.parametrize("number, status", [(signal.SIGINT, 128 + signal.SIGINT), (signal.SIGKILL, -signal.SIGKILL)])
-def test_a_run_that_is_stopped_goes_on(number, status, fit, tmp_path):
+@pytest.mark.parametrize("number, status, workers", [(signal.SIGINT, 130, 1), (signal.SIGKILL, -signal.SIGKILL, 0)])
+def test_a_run_that_is_stopped_goes_on(number, status, workers, fit, tmp_path):
     """Catches: workers that a signal to the group ends, a half-written checkpoint, steps lost or taken twice."""
-    process = start(tmp_path, "--save-every", "2", "--workers", "1")
+    process = start(tmp_path, "--save-every", "2", "--workers", workers)
     wait_for(tmp_path / "run" / "last.pt")
     os.killpg(process.pid, number)  # as a terminal and a batch system do
     printed, _ = process.communicate(timeout=60)
