@@ -2246,7 +2246,7 @@ def test_one_two_and_four_ranks_take_the_same_step(tmp_path):
 def test_two_ranks_under_torchrun(tmp_path):
     """Catches: a test that hangs, wrapped names in a checkpoint, clips counted twice, a loss summed over ranks."""
     (tmp_path / "few.py").write_text(SCRIPT)
-    done = torchrun(2, tmp_path / "few.py", *SMALL.split(), "--workers", 1, "--out", tmp_path / "run", cwd=tmp_path)
+    done = torchrun(2, tmp_path / "few.py", *SMALL.split(), "--out", tmp_path / "run", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "strides" not in done.stderr  # gradients in another layout than their weights are copied at every step
     assert not any("module." in key for key in checkpoint(tmp_path / "run")["model"])
