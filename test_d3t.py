@@ -321,8 +321,8 @@ def test_model_is_fig_2a(changes):
     w, P = weights(model), loop_joint_tokens(F_a.detach().numpy(), joints.double().numpy(), visible.numpy(), s.sigma)
     for b in range(2):
         Z = F_b[b].detach().numpy().transpose(1, 2, 3, 0).reshape(s.frames, -1, 4 * s.channels)
-        Z = np.array([[layer_norm(z + w["position_t"][t, 0] + w["position_s"][0, n], w, "norm_rgb")
-                       for n, z in enumerate(frame)] for t, frame in enumerate(Z)])  # fmt: skip
+        Z = Z + w["position_t"] + w["position_s"]
+        Z = np.array([[layer_norm(z, w, "norm_rgb") for z in frame] for frame in Z])
         p = np.array([[layer_norm(w["embed_pose.weight"] @ j, w, "norm_pose") for j in frame] for frame in P[b]])
         p = p + w.get("position_p", 0.0)
         m = w["modal"].transpose(1, 0, 2)
