@@ -869,7 +869,7 @@ def test_flip_pairs(body):
 
 
 def test_edges_of_the_figures():
-    """Catches: a limb between joints that are no neighbours."""
+    """Catches: a limb between joints that are no neighbours, a figure out of proportion, arms that hang still."""
     pairs = {**dict(data.PENN_PAIRS), **{b: a for a, b in data.PENN_PAIRS}}
     edges = {frozenset(edge) for edge in data.PENN_EDGES}
     assert {frozenset(pairs.get(joint, joint) for joint in edge) for edge in edges} == edges
@@ -877,6 +877,7 @@ def test_edges_of_the_figures():
     poses = np.concatenate([data.pose(action, np.linspace(0, 1, 5), 1) for action in range(4)])
     lengths = np.linalg.norm(poses[:, start] - poses[:, end], axis=-1)
     assert np.allclose(lengths, lengths[0])  # whatever the figure does
+    assert abs(poses).max() < 1 and np.ptp(poses[5:15, 3:7], axis=0).min(0)[1] > 0.1  # flapping moves elbows and wrists
 
 
 def test_synthetic_clips_need_both_modalities():
