@@ -640,9 +640,9 @@ def main(words: list[str] | None = None) -> int:
         run, source = make_run(*parse_args(words))
         s, options = run.settings, run.options
         if run.ranks.rank == 0:
-            todo = f"goes on at step {run.progress.step}" if options.resume else "starts"
+            verb = f"goes on at step {run.progress.step}" if options.resume else "starts"
             values = vars(options) | asdict(run.recipe) | asdict(s)
-            print(f"D3T {'tests' if options.eval else todo}, torch {torch.__version__}, {run.ranks.size} x", end=" ")
+            print(f"D3T {'tests' if options.eval else verb}, torch {torch.__version__}, {run.ranks.size} x", end=" ")
             print(*(f"{name}={value}" for name, value in values.items() if name != "preset"), flush=True)
         train, test = (
             data.Dataset(source, split, s.frames, s.height, s.width, run.recipe.seed, run.recipe.hide)
