@@ -713,7 +713,7 @@ def test_one_graph_for_the_compiler():
 
 def test_export_with_any_batch():
     """Catches: a size of the batch that is fixed in the graph, a buffer that channels_last_3d refuses."""
-    s = small()
+    s = small(blocks=1)
     model = D3T(s).eval().to(memory_format=torch.channels_last_3d)
     any_batch = torch.export.export(model, clip_for(s), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},) * 3).module()
     three = [torch.cat([x, x[:1]]) for x in clip_for(s)]
@@ -2175,7 +2175,7 @@ backward = train.backward
 
 def slow(run, batches):
     open("step", "w").close()
-    time.sleep(0.1)
+    time.sleep(float(os.environ.get("SLEEP", 0)))
     if os.environ.get("FAIL") == str(run.ranks.rank) and run.progress.step == 3:
         raise KeyError("no such luck")
     return backward(run, batches)
@@ -2263,7 +2263,7 @@ def start(folder, *flags, **environment):
     """`train.py` on 43 clips in a process group of its own, with 0.1 s for each step."""
     (folder / "few.py").write_text(SCRIPT)
     command = [sys.executable, folder / "few.py", *SMALL.split(), "--out", folder / "run", *flags]
-    environment = os.environ | {"PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"} | environment
+    environment = os.environ | {"PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1", "SLEEP": "0.1"} | environment
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     return subprocess.Popen([*map(str, command)], env=environment, cwd=folder, start_new_session=True, **pipes)
 
