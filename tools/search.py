@@ -19,7 +19,7 @@ import data
 from d3t import DeformableAttention
 
 WIDTH, CODES, TESTS, SHOWN = 16, 4, 256, 3  # D, labels, samples of a test, samples in the picture
-SCALE = 2  # of the displacement: with less of it, the points can come to depend on the code, which then is not read
+SCALE = 2  # of the displacement channels, for each token; with less, some seeds need more steps
 
 
 class Reader(nn.Module):
