@@ -231,10 +231,16 @@ def small(**changes) -> Settings:
 
 
 def clip_for(s: Settings, B=2, seed=3):
+    """Video in bytes, joints and which of them are visible."""
     g = torch.Generator().manual_seed(seed)
     video = torch.randint(0, 256, (B, 3, s.frames, s.height, s.width), dtype=torch.uint8, generator=g)
     joints = torch.rand(B, s.frames, s.joints, 2, generator=g) * torch.tensor([s.width, s.height])
     return video, joints, torch.rand(B, s.frames, s.joints, generator=g) < 0.8
+
+
+def normalised(video, joints, visible):
+    """The same clips in float64. A float video counts as normalised."""
+    return (video.double() / 255 - 0.4) / 0.2, joints.double(), visible
 
 
 GRIDS = [((3, 5, 4), 3), ((6, 3, 7), 3), ((4, 7, 2), 5)]  # T, h, w and k; the last has axes shorter than k
@@ -264,14 +270,6 @@ def test_token_search_is_eq_3(grid, k):
     assert (points - search.reference).abs().amax((0, 1, 2, 3))[torch.tensor(search.conv.kernel_size) > 1].min() > 0.1
 
 
-@pytest.mark.parametrize("B, n, m, heads", [(2, 5, 7, 1), (3, 4, 3, 2), (2, 1, 9, 4)])
-def test_attention_is_eq_6_and_7(B, n, m, heads):
-    """Catches: a wrong scale, heads cut along the wrong axis, keys and values swapped, a LayerNorm too many."""
-    attention, X, X_ = randomize(d3t.AttentionBlock(8, heads)), randn(B, n, 8), randn(B, m, 8)
-    expected = [loop_attention(X[b].numpy(), X_[b].numpy(), weights(attention), heads) for b in range(B)]
-    close(attention(X, X_), expected)
-
-
 @pytest.mark.parametrize("grid, k", GRIDS)
 def test_deformable_attention_is_eq_4_to_7(grid, k):
     """Catches: modal tokens of the wrong frame, selected tokens as queries, an output split at the wrong place."""
@@ -280,11 +278,10 @@ def test_deformable_attention_is_eq_4_to_7(grid, k):
     Z, M = randn(2, T, h * w, 8), randn(2, T, 2, 8) * 2
     out_Z, out_M = module(Z, M)
     for b in range(2):
-        z, m_rgb, m_cls = loop_deformable(
-            Z[b].numpy(), M[b, :, 0].numpy(), M[b, :, 1].numpy(), weights(module), 2, grid, k
-        )
+        clip = Z[b].numpy(), M[b, :, 0].numpy(), M[b, :, 1].numpy()
+        z, *modal = loop_deformable(*clip, weights(module), 2, grid, k)
         close(out_Z[b], z)
-        close(out_M[b], np.stack([m_rgb, m_cls], 1))
+        close(out_M[b], np.stack(modal, 1))
 
 
 @pytest.mark.parametrize("T, R, window, stride", [(2, 7, 3, 2), (3, 5, 5, 1), (1, 8, 3, 3), (2, 6, 4, 3)])
@@ -294,11 +291,10 @@ def test_joint_stride_attention_is_fig_4a(T, R, window, stride):
     P, M = randn(2, T, R, 8), randn(2, T, 2, 8) * 2
     out_P, out_M = module(P, M)
     for b in range(2):
-        p, cls, pose = loop_joint_stride(
-            P[b].numpy(), M[b, :, 0].numpy(), M[b, :, 1].numpy(), weights(module), 2, window, stride
-        )
+        clip = P[b].numpy(), M[b, :, 0].numpy(), M[b, :, 1].numpy()
+        p, *modal = loop_joint_stride(*clip, weights(module), 2, window, stride)
         close(out_P[b], p)
-        close(out_M[b], np.stack([cls, pose], 1))
+        close(out_M[b], np.stack(modal, 1))
 
 
 @pytest.mark.parametrize("queries", [None, 1, 2])
@@ -311,18 +307,22 @@ def test_temporal_stride_attention_is_fig_4b(T, N, window, stride, queries):
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, dict(frames=4, width=48, joints=5), dict(height=41, temporal_window=5), dict(pose_embedding=True)]
+    "changes",
+    [
+        {},
+        dict(frames=4, width=20, joints=5),
+        dict(height=9, temporal_window=5),
+        dict(sigma=2, blocks=1, pose_embedding=True),
+    ],
 )
 def test_model_is_fig_2a(changes):
-    """Catches: modal tokens sent to the wrong attention, no CLS fusion, an embedding or a norm missing."""
+    """Catches: modal tokens sent to the wrong attention, no CLS fusion, a missing embedding or norm, clips mixed."""
     s = small(**changes)
     model = randomize(D3T(s))
-    video, joints, visible = clip_for(s)
-    video = (video / 255 - 0.4) / 0.2  # a float video counts as normalised
-    logits = model(video.double(), joints.double(), visible)
-    F_a, F_b = model.trunk(video.double())
-    assert F_a.shape[2:] == (s.frames, -(-s.height // 2), -(-s.width // 2)) and F_b.shape[2:] == s.grid
-    w, P = weights(model), loop_joint_tokens(F_a.detach().numpy(), joints.double().numpy(), visible.numpy(), s.sigma)
+    video, joints, visible = normalised(*clip_for(s))
+    logits = model(video, joints, visible)
+    F_a, F_b = model.trunk(video)
+    w, P = weights(model), loop_joint_tokens(F_a.detach().numpy(), joints.numpy(), visible.numpy(), s.sigma)
     for b in range(2):
         Z = F_b[b].detach().numpy().transpose(1, 2, 3, 0).reshape(s.frames, -1, 4 * s.channels)
         Z = Z + w["position_t"] + w["position_s"]
@@ -340,49 +340,33 @@ def test_model_is_fig_2a(changes):
 def test_last_block_asks_with_the_modal_tokens_alone(modal):
     """Catches: logits that change because the last block leaves out tokens, or a last block that computes them all."""
     s, asked = small(modal_tokens=modal), []
-    model, clip = randomize(D3T(s)), clip_for(s)
-    inputs = ((clip[0] - model.mean) / model.std).double(), clip[1].double(), clip[2]
+    model, clip = randomize(D3T(s)), normalised(*clip_for(s))
     for block in model.blocks:
         block.temporal.attention.register_forward_pre_hook(lambda _, X: asked.append([x.shape[1] for x in X]))
-    logits = model(*inputs)
+    logits = model(*clip)
     every = s.temporal_window * (math.prod(s.grid[1:]) + s.joints + modal)
     assert asked == [[every, every], [s.temporal_window * modal or every, every]]
     model.blocks[-1].queries = None
-    close(model(*inputs), logits, 1e-12)
+    close(model(*clip), logits, 1e-12)
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# Known mistakes of others
+# What the oracle does not show: known mistakes of others, gradients, ablations, settings, precision, batches
 # --------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("push", [-1, 0, 1])
 @pytest.mark.parametrize("grid, k", [((5, 9, 7), 3), ((7, 8, 9), 7), ((1, 5, 8), 3)])
-def test_untrained_search_returns_the_exact_crop(grid, k):
-    """Catches: time and width swapped, positions scaled by n - 1 instead of cells."""
-    search = d3t.TokenSearch(4, grid, k).double()
-    torch.nn.init.zeros_(search.offset.weight)
-    torch.nn.init.zeros_(search.offset.bias)
+def test_search_without_weights_returns_an_exact_crop(grid, k, push):
+    """Catches: time and width swapped, positions scaled by n - 1 (NaN on an axis of one token), offsets that reach
+    beyond the first or last token or not up to it, clamped points."""
+    search = d3t.TokenSearch(4, grid, k).double()  # untrained, it does not move a point
+    torch.nn.init.constant_(search.offset.weight, 0.0)
+    torch.nn.init.constant_(search.offset.bias, 1e9 * push)
     Z = randn(2, *grid, 4)
-    t, y, x = (slice((min(k, n) - 1) // 2, n - (min(k, n) - 1) // 2) for n in grid)
+    starts = [(min(k, n) - 1) * (1 + push) // 2 for n in grid]
+    t, y, x = (slice(start, start + n - min(k, n) + 1) for start, n in zip(starts, grid))
     close(search(Z), Z[:, t, y, x], 1e-14)
-
-
-@pytest.mark.parametrize("axis", [0, 1, 2])
-def test_a_step_along_one_axis_moves_that_axis_alone(axis):
-    """Catches: t, h, w read as x, y, z."""
-    grid = torch.stack(torch.meshgrid(*(torch.arange(float(n)) for n in (3, 5, 4)), indexing="ij"), -1)[None].double()
-    points = grid[:, :2, :4, :3].clone()  # Z holds its own coordinates, so a sample says where it was taken
-    points[..., axis] += 1
-    close(d3t.sample_tokens(grid, points), points, 1e-14)
-    points[..., axis] -= 0.7
-    close(d3t.sample_tokens(grid, points), points, 1e-14)
-
-
-def test_axis_of_one_token():
-    """Catches: a division by n - 1, which makes NaN of an axis with one token."""
-    Z = randn(1, 1, 1, 1, 3)
-    assert torch.equal(d3t.sample_tokens(Z, torch.zeros(1, 2, 3, dtype=DOUBLE)), Z.view(1, 1, 3).expand(1, 2, 3))
-    assert torch.equal(d3t.reference_points((1, 1, 4), (1, 1, 4)), torch.tensor([[[[0, 0, 1.5]]]]))
 
 
 def test_absent_joints_do_not_swamp_the_gradient():
@@ -400,91 +384,73 @@ def test_absent_joints_do_not_swamp_the_gradient():
     assert norms[1] < 2 * norms[0]
 
 
-def test_no_point_starts_dead():
-    """Catches: clamped positions, where the outer points get no gradient."""
-    search = d3t.TokenSearch(4, (4, 5, 6), 3).double()
-    Z = randn(1, 4, 5, 6, 4)
-    points = search.points(Z).detach().requires_grad_()
-    d3t.sample_tokens(Z, points + 1e-3).square().sum().backward()
-    assert (points.grad.abs() > 0).all()
-
-
-@pytest.mark.parametrize("bias, corner", [(-1e9, [0, 0, 0]), (1e9, [3, 4, 5])])
-def test_no_point_leaves_the_volume(bias, corner):
-    """Catches: offsets that reach beyond the first or last token, or not up to it."""
-    search = d3t.TokenSearch(4, (4, 5, 6), 3).double()
-    torch.nn.init.constant_(search.offset.bias, bias)
-    points = search.points(randn(1, 4, 5, 6, 4)).flatten(0, 3)
-    outermost = points.amin(0) if bias < 0 else points.amax(0)
-    assert outermost.tolist() == corner
-
-
 def test_joints_lie_on_the_cells_that_see_them():
     """Catches: joints placed on F_a by another rule than the trunk's, half a pixel off at stride 2.
 
-    With equal weights everywhere, the gradient of a cell of F_a is its receptive field. A joint at the centre of that
-    field must have its Gaussian centred on the cell.
+    With equal weights everywhere, the gradient of a cell of F_a is its receptive field. Its centre is the cell's pixel.
     """
     trunk = d3t.Trunk(4).double().eval()
     for p in trunk.parameters():
         torch.nn.init.constant_(p, 0.01 if p.ndim > 1 else 1.0)
-    for row, column in ((10, 13), (15, 11)):
-        video = torch.ones(1, 3, 1, 52, 60, dtype=DOUBLE, requires_grad=True)
-        trunk.layer1(trunk.stem(video))[0, :, 0, row, column].sum().backward()
-        field = video.grad.sum((0, 1, 2))
-        y = (field.sum(1) * torch.arange(52)).sum() / field.sum()
-        x = (field.sum(0) * torch.arange(60)).sum() / field.sum()
-        here = torch.ones(1, 1, 1, dtype=torch.bool)
-        heatmap = d3t.joint_heatmaps(torch.stack([x, y]).view(1, 1, 1, 2), here, (26, 30), 2, 1.0)[0, 0, 0]
-        assert heatmap.argmax() == row * 30 + column and abs(heatmap.max() - 1) < 1e-9
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# Gradients, settings, precision, batches
-# --------------------------------------------------------------------------------------------------------------------
-
-
-def gradcheck(function, *inputs):
-    return torch.autograd.gradcheck(function, [x.requires_grad_() for x in inputs], atol=1e-6)
-
-
-def test_gradcheck_of_the_joint_tokenizer():
-    """Catches: a backward pass of Eq. (1) that does not belong to its forward pass."""
-    joints, visible = randn(2, 2, 3, 2).abs() * 6, torch.arange(12).view(2, 2, 3) % 4 > 0
-    assert gradcheck(lambda F_a: d3t.joint_tokens(F_a, joints, visible, 1.0), randn(2, 2, 2, 4, 5))
-
-
-def test_gradcheck_of_the_search():
-    """Catches: points without a gradient. They lie between the tokens, where the interpolation has no kink."""
-    search, Z = randomize(d3t.TokenSearch(3, (3, 4, 5), 3), 0.5), randn(1, 3, 4, 5, 3)
-    weight = search.offset.weight.detach().clone()
-    assert gradcheck(lambda w: torch.func.functional_call(search, {"offset.weight": w}, (Z,)), weight)
-    assert gradcheck(search, Z)
+    video = torch.ones(1, 3, 1, 52, 60, dtype=DOUBLE, requires_grad=True)
+    trunk.layer1(trunk.stem(video))[0, :, 0, 10, 13].sum().backward()
+    field = video.grad.sum((0, 1, 2)) / video.grad.sum()
+    pixel = torch.stack([field.sum(0) @ torch.arange(60.0).double(), field.sum(1) @ torch.arange(52.0).double()])
+    here = torch.ones(1, 1, 1, dtype=torch.bool)
+    heatmap = d3t.joint_heatmaps(pixel.view(1, 1, 1, 2), here, (26, 30), 2, 1.0)[0, 0, 0]
+    assert heatmap.argmax() == 10 * 30 + 13 and abs(heatmap.max() - 1) < 1e-9
 
 
 @pytest.mark.parametrize(
-    "module, shapes",
+    "function, shapes",
     [
-        (d3t.DeformableAttention(4, 2, (2, 3, 4), 2), [(1, 2, 12, 4), (1, 2, 2, 4)]),
-        (d3t.JointStrideAttention(4, 2, 5, 3, 2), [(2, 2, 5, 4), (2, 2, 2, 4)]),
-        (d3t.TemporalStrideAttention(4, 2, 5, 3, 2), [(2, 5, 3, 4)]),
+        (
+            lambda F_a: d3t.joint_tokens(F_a, 3 * randn(1, 2, 3, 2).abs(), torch.ones(1, 2, 3) > 0, 1.0),
+            [(1, 2, 2, 4, 5)],
+        ),
+        # Z moves the points, too. They lie between the tokens, where the interpolation has no kink.
+        (randomize(d3t.TokenSearch(3, (3, 4, 5), 3), 0.5), [(1, 3, 4, 5, 3)]),
+        (randomize(d3t.DeformableAttention(4, 2, (2, 3, 4), 2)), [(1, 2, 12, 4), (1, 2, 2, 4)]),
+        (randomize(d3t.JointStrideAttention(4, 2, 5, 3, 2)), [(2, 2, 5, 4), (2, 2, 2, 4)]),
+        (randomize(d3t.TemporalStrideAttention(4, 2, 5, 3, 2)), [(2, 5, 3, 4)]),
     ],
-    ids=lambda value: type(value).__name__,
+    ids=["tokenizer", "search", "deformable", "joint", "temporal"],
 )
-def test_gradcheck_of_an_attention(module, shapes):
-    """Catches: tokens whose gradient is lost on the way through windows and means."""
-    assert gradcheck(randomize(module), *(randn(*shape) for shape in shapes))
+def test_gradcheck(function, shapes):
+    """Catches: points without a gradient, tokens whose gradient is lost on the way through windows and means."""
+    assert torch.autograd.gradcheck(function, [randn(*shape).requires_grad_() for shape in shapes], atol=1e-6)
 
 
+ATTENTIONS = ("deformable", "joint", "temporal")
 TABLE_4 = [(False, True, True), (True, False, False), (True, False, True), (True, True, False), (True, True, True)]
+
+
+def row_of_table_4(which, **changes) -> Settings:
+    return small(**{f"{name}_attention": on for name, on in zip(ATTENTIONS, which)}, **changes)
+
+
+@pytest.mark.parametrize("which", TABLE_4[:-1])
+def test_disabled_attention_is_skipped(which):
+    """Catches: a row of Table 4 that is not the full model with attentions that add nothing and a fusion of one CLS."""
+    full, row = randomize(D3T(small())), D3T(row_of_table_4(which)).double().eval()
+    for block in full.blocks:
+        for name in itertools.compress(ATTENTIONS, (not on for on in which)):
+            attention = getattr(block, name).attention
+            for p in (*attention.Wo.parameters(), *attention.ffn[2].parameters()):
+                p.data.zero_()
+        if not (which[0] and which[1]):
+            block.fuse.bias.data.zero_()
+            block.fuse.weight.data = torch.eye(16, dtype=DOUBLE)[8:]  # the second M'_CLS, as it is
+    assert not row.load_state_dict(full.state_dict(), strict=False).missing_keys
+    clip = normalised(*clip_for(full.settings))
+    close(row(*clip), full(*clip))
 
 
 @pytest.mark.parametrize("modal", [3, 1, 0])
 @pytest.mark.parametrize("which", TABLE_4)
 def test_every_parameter_learns_in_every_ablation(which, modal):
     """Catches: a parameter without effect in a row of Table 4 or 5, a gradient that is not finite."""
-    names = ("deformable_attention", "joint_attention", "temporal_attention")
-    s = small(channels=8, modal_tokens=modal, pose_embedding=True, **dict(zip(names, which)))
+    s = row_of_table_4(which, channels=8, modal_tokens=modal, pose_embedding=True)
     torch.manual_seed(0)
     model = D3T(s).double()
     for module in model.modules():
@@ -496,56 +462,34 @@ def test_every_parameter_learns_in_every_ablation(which, modal):
         assert p.grad.abs().max() > 1e-13, name  # rounding leaves 1e-18 where there is no gradient, as for a key's bias
 
 
-@pytest.mark.parametrize("value", [0.0, 7.3, float("nan"), float("inf"), -float("inf"), 1e38])
-def test_hidden_joints_have_no_effect(value):
-    """Catches: coordinates of a hidden joint that leak into its token, NaN that passes through a product with zero."""
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize(
+    "value, seen", [(7.3, False), (1e38, False), (math.nan, False), (math.nan, True), (math.inf, True)]
+)
+def test_absent_joints_have_no_effect(value, seen, axis):
+    """Catches: coordinates of a joint that is hidden or not finite in its token, NaN in the logits or a gradient."""
     s = small()
     model = D3T(s).eval()
     video, joints, visible = clip_for(s)
-    visible[0, 0, 0] = False
-    changed, logits = torch.where(visible[..., None], joints, value), model(video, joints, visible)
-    assert torch.equal(model(video, changed, visible), logits)
-    visible[0, 0, 0] = True
-    assert not torch.equal(model(video, joints, visible)[0], logits[0])
-
-
-@pytest.mark.parametrize("coordinates", [slice(0, 1), slice(1, 2), slice(0, 2)], ids=["x", "y", "both"])
-def test_joints_that_are_not_finite_are_absent(coordinates):
-    """Catches: NaN in a joint that is said to be visible, which spreads to the logits or to a gradient."""
-    s = small()
-    model = D3T(s)
-    video, joints, visible = clip_for(s)
-    visible[0, 1, 2] = True
-    absent = visible.clone()
-    absent[0, 1, 2] = False
-    joints[0, 1, 2, coordinates] = float("nan")
-    assert torch.equal(model.eval()(video, joints, visible), model(video, joints, absent))
-    model.train()(video, joints, visible).sum().backward()
+    here = (0, 1, 2)
+    visible[here] = True
+    present = model(video, joints, visible)
+    visible[here] = False
+    absent = model(video, joints, visible)
+    visible[here], joints[(*here, axis)] = seen, value
+    logits = model(video, joints, visible)
+    assert torch.equal(logits, absent) and not torch.equal(absent[0], present[0])
+    logits.sum().backward()
     assert all(p.grad.isfinite().all() for p in model.parameters())
-
-
-def test_clips_of_a_batch_do_not_mix():
-    """Catches: a reshape that mixes the batch with windows or frames."""
-    s = small()
-    model = randomize(D3T(s))
-    video, joints, visible = clip_for(s, B=3)
-    inputs = ((video - model.mean) / model.std).double(), joints.double(), visible
-    logits = model(*inputs)
-    close(torch.cat([model(*(x[b : b + 1] for x in inputs)) for b in range(3)]), logits, 1e-12)
-    order = torch.tensor([2, 0, 1])
-    close(model(*(x[order] for x in inputs)), logits[order], 1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast_computes_the_attentions_in_16_bits(dtype, monkeypatch):
     """Catches: a model that stays in float32 under autocast, or whose logits are far off."""
     s, seen, attend = small(), [], F.scaled_dot_product_attention
-    model = D3T(s).eval()
+    model, (video, *rest) = D3T(s).eval(), clip_for(s)
+    expected = model(video, *rest)
     monkeypatch.setattr(F, "scaled_dot_product_attention", lambda q, k, v: seen.append(q.dtype) or attend(q, k, v))
-    expected = model(*clip_for(s))
-    assert {*seen} == {torch.float32}
-    seen.clear()
-    video, *rest = clip_for(s)
     with torch.autocast("cpu", dtype):
         close(model(video, *rest).float(), expected, 0.1)
         model(video.to(dtype), *rest)  # a video of the type that the rest computes in
@@ -553,42 +497,25 @@ def test_autocast_computes_the_attentions_in_16_bits(dtype, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast_keeps_the_tokenizer_in_float32(dtype):
-    """Catches: heat maps or their sum over F_a in 16 bits, where a coordinate has three digits."""
+def test_autocast_keeps_positions_in_float32(dtype):
+    """Catches: heat maps, their sum over F_a, offsets or points in 16 bits, where a position has three digits."""
     F_a, joints = randn(2, 8, 3, 40, 44).float(), randn(2, 3, 7, 2).float().abs() * 30
-    visible = torch.ones(2, 3, 7, dtype=torch.bool)
+    visible, search = torch.ones(2, 3, 7, dtype=torch.bool), d3t.TokenSearch(8, (6, 9, 7), 3)
+    torch.nn.init.normal_(search.offset.weight)
     with torch.autocast("cpu", dtype):
         tokens = d3t.joint_tokens(F_a, joints, visible, 1.0)
-    assert tokens.dtype == torch.float32
+        points = search.points(randn(2, 6, 9, 7, 8).float())
+    assert tokens.dtype == points.dtype == torch.float32
     close(tokens.double(), d3t.joint_tokens(F_a.double(), joints.double(), visible, 1.0), 1e-5)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast_keeps_the_points_in_float32(dtype, monkeypatch):
-    """Catches: offsets or points in 16 bits, which are off by up to 0.05 token on an axis of 56."""
-    search, Z, sampled = d3t.TokenSearch(8, (6, 9, 7), 3), randn(2, 6, 9, 7, 8).float(), []
-    torch.nn.init.normal_(search.offset.weight)
-    offsets = []
-    search.offset.register_forward_hook(lambda module, inputs, out: offsets.append(out.dtype))
-    sample = d3t.sample_tokens
-    monkeypatch.setattr(d3t, "sample_tokens", lambda Z, at: sampled.append(at.dtype) or sample(Z, at))
-    with torch.autocast("cpu", dtype):
-        search(Z)
-        points = search.points(Z)
-    assert sampled == [torch.float32] and {*offsets} == {points.dtype} == {torch.float32}
     assert (points - search.reference).unique().numel() > 500  # of 840: not rounded to 16 bits on the way
 
 
 def test_trunk_has_torchvisions_widths():
     """Catches: another width than that of r2plus1d_18, whose weights then do not load."""
-    w = d3t.Trunk(64).state_dict()
-    assert w["stem.0.weight"].shape == (45, 3, 1, 7, 7) and w["stem.3.weight"].shape == (64, 45, 3, 1, 1)
-    widths = {"1.0": (64, 144, 64), "1.1": (64, 144, 64), "2.0": (64, 230, 128), "2.1": (128, 288, 128),
-              "3.0": (128, 460, 256), "3.1": (256, 576, 256)}  # fmt: skip
-    for block, (inputs, middle, outputs) in widths.items():
-        for conv, wide in (("conv1", inputs), ("conv2", outputs)):
-            assert w[f"layer{block}.{conv}.0.0.weight"].shape == (middle, wide, 1, 3, 3)
-            assert w[f"layer{block}.{conv}.0.3.weight"].shape == (outputs, middle, 3, 1, 1)
+    kernels = [p.shape for p in d3t.Trunk(64).parameters() if p.ndim == 5]
+    assert kernels[:2] == [(45, 3, 1, 7, 7), (64, 45, 3, 1, 1)]
+    assert [k[0] for k in kernels if k[2:] == (1, 3, 3)] == [144] * 4 + [230] * 2 + [288] * 2 + [460] * 2 + [576] * 2
+    assert [k[0] for k in kernels if k[2:] == (3, 1, 1)] == [64] * 5 + [128] * 4 + [256] * 4
 
 
 def test_trunk_computes_r2plus1d():
@@ -601,10 +528,7 @@ def test_trunk_computes_r2plus1d():
         return F.conv3d(x, w[f"{name}.weight"], None, (1, stride, stride), (time // 2, space // 2, space // 2))
 
     def norm(x, name):
-        mean, var, scale, shift = (
-            w[f"{name}.{of}"].view(-1, 1, 1, 1) for of in ("running_mean", "running_var", "weight", "bias")
-        )
-        return (x - mean) / (var + 1e-5).sqrt() * scale + shift
+        return F.batch_norm(x, *(w[f"{name}.{of}"] for of in ("running_mean", "running_var", "weight", "bias")))
 
     def factored(x, name, stride):
         return conv(norm(conv(x, f"{name}.0", stride), f"{name}.1").relu(), f"{name}.3")
@@ -669,11 +593,6 @@ def test_settings_that_cannot_be(changes, numbers):
     assert all(number in str(error.value) for number in numbers)
 
 
-def test_an_integer_may_stand_for_a_float():
-    """Catches: `--sigma 2` or Settings(sigma=2) refused."""
-    assert small(sigma=2).sigma == 2
-
-
 @pytest.mark.parametrize(
     "name, change, said",
     [
@@ -684,65 +603,52 @@ def test_an_integer_may_stand_for_a_float():
         ("visible", lambda x: 2 * x.to(torch.uint8), ["bool"]),  # 2 for visible, as in COCO, would count as hidden
         ("video", torch.Tensor.double, ["uint8, or torch.float32"]),
         ("video", torch.Tensor.int, ["uint8, or torch.float32"]),
+        ("video", torch.Tensor.numpy, ["torch tensor", "ndarray"]),
+        ("joints", torch.Tensor.tolist, ["torch tensor", "list"]),
+        ("visible", lambda x: None, ["torch tensor", "NoneType"]),
     ],
-    ids=["frames", "width", "joints", "batch", "visible", "double", "int"],
+    ids=["frames", "width", "joints", "batch", "visible", "double", "int", "numpy", "list", "none"],
 )
 def test_inputs_that_do_not_fit(name, change, said):
-    """Catches: a clip of another T, size, number of joints or type that passes by broadcasting."""
+    """Catches: a clip of another T, size or number of joints that passes by broadcasting, a wrong type not named."""
     s = small()
     clip = dict(zip(("video", "joints", "visible"), clip_for(s)))
-    with pytest.raises(ValueError, match=name) as error:
+    with pytest.raises(TypeError if "torch tensor" in said else ValueError, match=f"^{name} ") as error:
         D3T(s)(**clip | {name: change(clip[name])})
     assert all(word in str(error.value) for word in said)
 
 
-def test_windows():
-    """Catches: a joint in no window, a window beyond the end, a mean that forgets how many copies there are."""
-    for length, window, stride in itertools.product(range(1, 9), range(1, 9), range(1, 9)):
-        if stride <= window <= length:
-            index = d3t.window_index(length, window, stride)
-            assert index[:, 0].tolist() == loop_starts(length, window, stride)
-            assert set(index.flatten().tolist()) == set(range(length))
-            for dim, x in ((1, randn(2, length, 3, 2)), (2, randn(2, 3, length, 2))):
-                close(d3t.mean_of_windows(d3t.take_windows(x, index, dim), index, dim, length), x, 1e-14)
-
-
-def test_one_graph_for_the_compiler():
-    """Catches: a branch on data or a call that splits the graph of torch.compile."""
-    s = small()
-    model = D3T(s).eval()
-    compiled = torch.compile(model, fullgraph=True, backend="eager")
-    close(compiled(*clip_for(s)), model(*clip_for(s)), 1e-5)
-
-
-def test_export_with_any_batch():
-    """Catches: a size of the batch that is fixed in the graph, a buffer that channels_last_3d refuses."""
+def test_one_graph_for_any_batch():
+    """Catches: a branch on data, a call that splits the graph of torch.compile, a batch size fixed in the graph."""
     s = small(blocks=1)
-    model = D3T(s).eval().to(memory_format=torch.channels_last_3d)
-    any_batch = torch.export.export(model, clip_for(s), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},) * 3).module()
-    three = [torch.cat([x, x[:1]]) for x in clip_for(s)]
-    close(any_batch(*three), model(*three), 1e-5)
+    model, clip = D3T(s).eval(), clip_for(s)
+    model.trunk.layer1 = model.trunk.layer2 = (
+        torch.nn.Identity()
+    )  # residual blocks are plain, and take seconds to trace
+    model.trunk.layer3 = torch.nn.Conv3d(s.channels, 4 * s.channels, 1, (1, 4, 4))
+    for x in clip:
+        torch._dynamo.mark_dynamic(x, 0)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    close(compiled(*clip), model(*clip), 1e-5)
 
 
 FLOW = r"^\| .* \| `(.+?)` \| `\(([\d, ]+)\)` \|"  # a row of the README: what it is, its symbol, its shape
 
 
-@pytest.mark.parametrize("amp", [None, torch.bfloat16, torch.float16])
-def test_data_flow_at_the_papers_size(amp, monkeypatch):
+def test_data_flow_at_the_papers_size(monkeypatch):
     """Catches: a stage or a shape that the README states and the model has not, at T = 12 and 224 x 224."""
     shapes = {}
 
     def keep(module, *names):
-        def hook(module, inputs, outputs):
-            outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-            shapes.update(zip(names, (tuple(x.shape) for x in (*inputs, *outputs))))
+        def hook(_, inputs, out):
+            shapes.update(zip(names, [tuple(x.shape) for x in inputs + (out if isinstance(out, tuple) else (out,))]))
 
         module.register_forward_hook(hook)
 
     monkeypatch.setattr(D3T, "initialize_weights", lambda model: None)
-    with FakeTensorMode():  # shapes and types alone: no memory, no arithmetic
-        model = D3T(Settings())
-        first, last = model.blocks[0], model.blocks[-1]
+    with FakeTensorMode(), torch.autocast("cpu", torch.bfloat16):  # shapes and types: no memory, no arithmetic
+        model = D3T(Settings(blocks=2))
+        first, last = model.blocks
         keep(model, "video", "joints", "visible", "logits")
         keep(model.trunk, "normalised", "F_a", "F_b")
         keep(model.embed_pose, "joint tokens", "P, projected")
@@ -753,9 +659,7 @@ def test_data_flow_at_the_papers_size(amp, monkeypatch):
         keep(first.temporal.attention, "temporal windows")
         keep(last.temporal.attention, "queries of the last block")
         keep(model.head, "mean of M")
-        batch = torch.zeros(2, 3, 12, 224, 224, dtype=torch.uint8), torch.zeros(2, 12, 13, 2), torch.ones(2, 12, 13) > 0
-        with torch.autocast("cpu", amp, enabled=amp is not None):
-            model(*batch)
+        model(torch.zeros(2, 3, 12, 224, 224, dtype=torch.uint8), torch.zeros(2, 12, 13, 2), torch.ones(2, 12, 13) > 0)
     shapes["points"] = (*shapes["Z~"][:4], first.deformable.search.reference.shape[-1])
     stated = re.findall(FLOW, (HERE / "README.md").read_text(), re.MULTILINE)
     assert len(stated) >= 15
