@@ -2103,7 +2103,7 @@ USAGE = [
     ("--overwrite --workers -1", "--workers"), ("--overwrite --stop-after 0", "--stop-after"),
     ("--overwrite --save-every 0", "--save-every"), ("--overwrite --channels 1000000000000", "cannot be made"),
     ("--overwrite --temporal-window 5", "temporal_window = 5"), ("--overwrite --amp fp16", "fp16"),
-    ("--overwrite --annotations x", "--data pyskl"), ("--frames many", "--frames"), ("--no-such", "--no-such"),
+    ("--overwrite --annotations x", "--annotations is not for"), ("--frames many", "--frames"), ("--no-such", "--no-such"),
 ]  # fmt: skip
 
 

@@ -40,7 +40,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import data
-from d3t import D3T, Settings, check_types, setting
+from d3t import D3T, Settings, check_fields, setting
 from data import DataError, UsageError, errors_as
 
 
@@ -53,23 +53,17 @@ class Recipe:
     """How a model is trained. The defaults are the paper's (Sec. 4), or ours where the paper is silent ("open")."""
 
     epochs: int = setting(90, "passes over the training clips")
-    warmup: float = setting(5.0, "epochs of linear warm-up before the cosine")
+    warmup: float = setting(5.0, "epochs of linear warm-up before the cosine", zero=True)
     batch: int = setting(32, "clips of a step, over all ranks (open)")
     accumulate: int = setting(1, "parts into which each rank divides its share of the batch, to save memory")
     lr: float = setting(5e-4, "peak learning rate of AdamW (open)")
-    weight_decay: float = setting(0.05, "of matrices; norms, biases and embeddings have none (open)")
+    weight_decay: float = setting(0.05, "of matrices; norms, biases and embeddings have none (open)", zero=True)
     clip: float = setting(1.0, "largest norm of the gradient (open)")
-    seed: int = setting(0, "of the weights, the order of the clips and their augmentation")
+    seed: int = setting(0, "of the weights, the order of the clips and their augmentation", zero=True)
     hide: str = setting("none", "joints or video: train and test without that modality")
 
     def __post_init__(self):
-        check_types(self)
-        for name in ("epochs", "batch", "accumulate", "lr", "clip"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive, not {getattr(self, name)}")
-        for name in ("warmup", "weight_decay", "seed"):
-            if not 0 <= getattr(self, name) < 2**63:
-                raise ValueError(f"{name} must be 0 or more and less than 2^63, not {getattr(self, name)}")
+        check_fields(self)
         if self.warmup >= self.epochs:
             raise ValueError(f"warmup = {self.warmup} is not less than epochs = {self.epochs}")
         if self.hide not in ("none", "joints", "video"):
