@@ -2389,25 +2389,45 @@ def test_cuda(fit, tmp_path, amp):
 README = (HERE / "README.md").read_text()
 
 
-def test_python_of_the_readme(fit, tmp_path, monkeypatch):
+def test_python_of_the_readme(monkeypatch):
     """Catches: code in the README that fails, or that states another shape than it has."""
-    assert fit(out="runs/synthetic")[0] == 0
+    monkeypatch.setattr(D3T, "initialize_weights", lambda model: None)
+    for block in re.findall(r"```python\n(.*?)```", README.split("## Your own clips")[0], re.DOTALL):
+        with FakeTensorMode():  # at the paper's size, the shapes are enough
+            run_block(block, {})
+
+
+def run_block(block, names):
+    """Run Python of the README; every shape that it states must be the one that it has."""
+    exec(block, names)
+    for name, shape in re.findall(r"^\s*(\w+) = .*# \(([\d, ]+)\)", block, re.MULTILINE):
+        assert tuple(names[name].shape) == tuple(map(int, shape.split(","))), name
+
+
+def test_own_clips_of_the_readme(fit, tmp_path, monkeypatch, capsys):
+    """Catches: a newcomer's path from four videos to a label, to other classes and to scores that breaks off."""
+    pytest.importorskip("av", reason="needs av, the decoder of videos")
     monkeypatch.chdir(tmp_path)
-    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    assert blocks
-    names = {}
-    for block in blocks:
-        paper = "224" in block  # at the paper's size, the shapes are enough
-        monkeypatch.setattr(D3T, "initialize_weights", (lambda model: None) if paper else D3T.initialize_weights)
-        with FakeTensorMode() if paper else contextlib.nullcontext():
-            exec(block, names)
-        for name, shape in re.findall(r"^\s*(\w+) = .*# \(([\d, ]+)\)", block, re.MULTILINE):
-            assert tuple(names[name].shape) == tuple(map(int, shape.split(","))), name
+    section, names, printed = README.split("## Your own clips")[1].split("\n## ")[0], {"torch": torch}, ""
+    names |= vars(d3t)
+    for block, command in re.findall(r"```python\n(.*?)```|^    python (.*)$", section, re.DOTALL | re.MULTILINE):
+        if block:
+            run_block(block, names)
+            continue
+        script, *words = command.removeprefix("-m ").split()
+        with contextlib.suppress(SystemExit):
+            assert importlib.import_module(script.removesuffix(".py")).main(words) == 0, capsys.readouterr()
+        printed += capsys.readouterr().out
+    assert "initial weights stay in: head.weight, head.bias" in printed and re.search(r"\d%  (walk|jump)\n", printed)
+    assert len([*(tmp_path / "predicted").iterdir()]) == 1 and names["confusion"].sum() == 1
 
 
 def commands():
     """The train.py and tools commands of the README that have arguments."""
-    found = re.findall(r"(?:train\.py|-m tools\.\w+)(?: [^`\n&|]*)?", README)
+    found = re.findall(
+        r"(?:train\.py|-m tools\.\w+)(?: [^`\n&|]*)?",
+        re.sub("## Your own clips.*?## Results", "", README, flags=re.DOTALL),
+    )
     return sorted({words.split("  #")[0].strip() for words in found if " -" in words and " -h" not in words})
 
 
