@@ -24,6 +24,7 @@ import numpy as np
 import data
 import train
 from d3t import Settings, window_index
+from tools.common import file_name, tool
 
 TABLES = {  # row, flags of train.py ("" for the unchanged model), the paper's top-1 on Penn Action
     "table4": (
@@ -39,7 +40,7 @@ TABLES = {  # row, flags of train.py ("" for the unchanged model), the paper's t
         ("cross-modal tokens", "", "99.7"),
     ),
 }
-ABLATIONS = (*TABLES, "fig7a", "fig7b")
+FIGURES = {"fig7a": "stride", "fig7b": "frames"}  # and what is drawn along x
 
 
 @dataclass
@@ -62,8 +63,7 @@ def rows_of(ablation: str, settings: Settings) -> list[Row]:
     pairs = {(window, stride) for window in (2, 4, 6) for stride in (1, window // 2, window)} | {unchanged}
     for window, stride in sorted(pairs, key=lambda pair: (pair != unchanged, pair)):  # the unchanged model first
         if window <= settings.frames:
-            flags = f"--temporal-window {window} --temporal-stride {stride}"
-            flags = "" if (window, stride) == unchanged else flags
+            flags = "" if (window, stride) == unchanged else f"--temporal-window {window} --temporal-stride {stride}"
             windows = str(window_index(settings.frames, window, stride).tolist())
             rows.setdefault(windows, Row(f"window {window}, stride {stride}", flags, line=f"window {window}", x=stride))
     return sorted(rows.values(), key=lambda row: (row.line, row.x))
@@ -78,7 +78,7 @@ def train_row(folder: Path, words: list[str], jobs: int) -> float:
         done = subprocess.run(command, env=threads | os.environ, stdout=output, stderr=output)
     if done.returncode:
         lines = (folder / "output.txt").read_text().strip().splitlines()
-        raise train.UsageError(f"{folder} ended with status {done.returncode}: {lines[-1] if lines else ''}")
+        raise data.UsageError(f"{folder} ended with status {done.returncode}: {lines[-1] if lines else ''}")
     top1 = 100 * json.loads((folder / "log.jsonl").read_text().splitlines()[-1])["top1"]
     print(f"{folder}: {top1:.2f}", flush=True)
     return top1
@@ -114,9 +114,8 @@ def table(rows: list[Row], found: np.ndarray) -> str:
 
 def plot(rows: list[Row], found: np.ndarray, x: str, path: Path):
     """Fig. 7: mean over the seeds, bars from the lowest to the highest."""
-    plt = data.need("matplotlib.pyplot", "matplotlib", "to draw the plot")
-    plt.switch_backend("agg")
-    figure, axis = plt.subplots(figsize=(5, 3.2))
+    figure = data.need("matplotlib.figure", "matplotlib", "to draw the plot").Figure((5, 3.2), layout="constrained")
+    axis = figure.subplots()
     for line, marker in zip(dict.fromkeys(row.line for row in rows), "os^v"):
         chosen = [number for number, row in enumerate(rows) if row.line == line]
         mean, low, high = found[chosen].mean(1), found[chosen].min(1), found[chosen].max(1)
@@ -126,46 +125,35 @@ def plot(rows: list[Row], found: np.ndarray, x: str, path: Path):
     axis.grid(alpha=0.3)
     if rows[0].line:
         axis.legend()
-    figure.savefig(path, dpi=110, bbox_inches="tight")
-    plt.close(figure)
+    figure.savefig(path, dpi=110)
 
 
-def main(words: list[str] | None = None) -> int:
-    words = sys.argv[1:] if words is None else words
+@tool("tools.ablate")
+def main(words: list[str] | None = None):
     layout = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout, allow_abbrev=False)
-    parser.add_argument("what", choices=ABLATIONS)
+    parser.add_argument("what", choices=[*TABLES, *FIGURES])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="N", help="[0 1 2]")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time, which share the cores [1]")
     parser.add_argument("--out", type=Path, default=Path("ablations"), metavar="DIR", help="[ablations]")
     options, shared = parser.parse_known_args(words)
-    try:
-        if options.jobs < 1:
-            raise train.UsageError(f"--jobs must be 1 or more, not {options.jobs}")
-        flags, given = train.parse_args(shared)
-        values = train.preset(flags.preset) | given
-        if values["seed"] or flags.resume or flags.overwrite or flags.eval or flags.stop_after < math.inf:
-            raise train.UsageError("--seed, --resume, --overwrite, --eval and --stop-after: not here; there is --seeds")
-        try:
-            settings = Settings(**{f.name: values[f.name] for f in fields(Settings) if f.name in values})
-        except ValueError as error:
-            raise train.UsageError(str(error)) from None
-        place = options.out / "-".join([flags.data, *shared]).replace("--", "").replace("/", "_")
-        rows = rows_of(options.what, settings)
-        shared = ["--preset", flags.preset, *shared]  # so that --resume compares all settings with the checkpoint's
-        found = train_rows(rows, place, shared, options.seeds, options.jobs)
-        text = f"`python -m tools.ablate {' '.join(words)}`\n\n{table(rows, found)}\n"
-        (place / f"{options.what}.md").write_text(text)
-        print(f"\n{text}\nin {place}")
-        if options.what.startswith("fig"):
-            plot(rows, found, "stride" if options.what == "fig7a" else "frames", place / f"{options.what}.png")
-        return 0
-    except (train.UsageError, data.DataError, OSError) as error:
-        print(f"tools.ablate: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on", file=sys.stderr)
-        return 130
+    if options.jobs < 1:
+        raise data.UsageError(f"--jobs must be 1 or more, not {options.jobs}")
+    flags, given = train.parse_args(shared)
+    if "seed" in given or flags.resume or flags.overwrite or flags.eval or flags.stop_after < math.inf:
+        raise data.UsageError("--seed, --resume, --overwrite, --eval and --stop-after: not here; there is --seeds")
+    values = train.PRESETS[flags.preset] | given
+    with data.errors_as(data.UsageError, "a model of these flags cannot be made"):
+        settings = Settings(**{f.name: values[f.name] for f in fields(Settings) if f.name in values})
+    place = options.out / file_name(flags.data, *shared)
+    shared = ["--preset", flags.preset, *shared]  # so that --resume compares all settings with the checkpoint's
+    rows = rows_of(options.what, settings)
+    found = train_rows(rows, place, shared, options.seeds, options.jobs)
+    text = f"`python -m tools.ablate {' '.join(words or sys.argv[1:])}`\n\n{table(rows, found)}\n"
+    (place / f"{options.what}.md").write_text(text, encoding="utf-8", errors="backslashreplace")
+    print(f"\n{text}\nin {place}")
+    if options.what in FIGURES:
+        plot(rows, found, FIGURES[options.what], place / f"{options.what}.png")
 
 
 if __name__ == "__main__":

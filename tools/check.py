@@ -4,14 +4,16 @@ python -m tools.check --data pennaction --root DIR    # status 1 if there is a p
 """
 
 import argparse
-import functools
 import sys
+from collections import Counter
+from functools import partial
 
 import numpy as np
-import torch
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import data
+from tools.common import tool
 
 
 def read_clip(source: data.Source, clip: data.Clip) -> tuple[int, int, str]:
@@ -28,26 +30,25 @@ def read_clip(source: data.Source, clip: data.Clip) -> tuple[int, int, str]:
 
 def check(source: data.Source, workers: int) -> int:
     """Print what is in the data set and all that is wrong with it; returns the exit status."""
-    train, test = source.clips["train"], source.clips["test"]
-    print(f"{'class':24}{'train':>8}{'test':>8}")
-    for label, name in enumerate(source.classes):
-        print(f"{name:24}{sum(clip.label == label for clip in train):8}{sum(clip.label == label for clip in test):8}")
-    print(f"{'all':24}{len(train):8}{len(test):8}")
+    clips = source.clips["train"] + source.clips["test"]
+    train, test = (Counter(clip.label for clip in part) for part in (source.clips["train"], source.clips["test"]))
+    rows = [(name, train[label], test[label]) for label, name in enumerate(source.classes)]
+    for row in [("class", "train", "test"), *rows, ("all", train.total(), test.total())]:
+        print("{:24}{:>8}{:>8}".format(*row))
 
-    clips, problems, unseen, frames, visible = train + test, source.problems, [], 0, 0
-    read = functools.partial(read_clip, source)
-    loader = torch.utils.data.DataLoader(clips, batch_size=None, collate_fn=read, num_workers=workers)
-    for clip, (n, seen, problem) in zip(clips, tqdm(loader, desc="reading", unit="clip", disable=None)):
-        frames, visible = frames + n, visible + seen
-        unseen += [clip.name] if n and not seen else []
-        problems += [problem] if problem else []
-    joints = frames * len(source.joint_names)
-    print(f"{frames} frames, {len(source.joint_names)} joints, {visible / max(1, joints):.1%} of them visible")
+    loader = DataLoader(clips, batch_size=None, collate_fn=partial(read_clip, source), num_workers=workers)
+    found = list(tqdm(loader, desc="reading", unit="clip", disable=None))
+    frames, visible = sum(n for n, _, _ in found), sum(seen for _, seen, _ in found)
+    unseen = [clip.name for clip, (n, seen, _) in zip(clips, found) if n and not seen]
+    problems = source.problems + [problem for _, _, problem in found if problem]
+    share = visible / max(1, frames * len(source.joint_names))
+    print(f"{frames} frames, {len(source.joint_names)} joints, {share:.1%} of them visible")
     print(f"clips without a visible joint: {', '.join(unseen) or 'none'}")
     print(*source.missing, *problems, f"{len(source.missing)} left out, {len(problems)} problems", sep="\n")
     return int(bool(problems) or not clips)
 
 
+@tool("tools.check", bad_data=1)
 def main(words: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     data.add_flags(parser)
@@ -55,14 +56,7 @@ def main(words: list[str] | None = None) -> int:
     options = parser.parse_args(words)
     if options.workers < 0:
         parser.error("--workers must be 0 or more")
-    sys.stdout.reconfigure(errors="backslashreplace")  # names may hold characters that the terminal cannot show
-    try:
-        return check(data.load(options), options.workers)
-    except (data.DataError, data.UsageError) as error:
-        print(f"tools.check: {error}", file=sys.stderr)
-        return 2 if isinstance(error, data.UsageError) else 1
-    except KeyboardInterrupt:
-        return 130
+    return check(data.load(options), options.workers)
 
 
 if __name__ == "__main__":

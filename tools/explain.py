@@ -7,9 +7,10 @@ writes to --out, for each clip of the test split:
     NAME-tokens.png    Fig. 5: attention on the tokens that 3DTS selected, placed back where they were read; the points
     NAME-joints.png    Fig. 6: attention on each joint in each frame
     NAME-overview.png  attention between frames, the Gaussian of one joint, the likeliest classes
-    NAME.npz           the arrays of `Explanation`, the label and the probabilities
+    NAME.npz           the arrays of `Explanation`, the clip, its label and the probabilities
 
-In code, `explain(model, video, joints, visible)` returns an `Explanation`.
+NAME is the number and the name of the clip, and a checksum that keeps similar names apart. In code,
+`explain(model, video, joints, visible)` returns an `Explanation`.
 """
 
 import argparse
@@ -25,6 +26,7 @@ import d3t
 import data
 import train
 from d3t import D3T, AttentionBlock, Settings, TokenSearch, mean_of_windows
+from tools.common import file_name, tool
 
 CELL = 8  # pixels from one RGB token to the next
 
@@ -227,13 +229,12 @@ def draw_overview(plt, item: dict, found: dict, model: D3T, source: data.Source,
     plt.close(figure)
 
 
-def draw_clip(plt, item: dict, model: D3T, source: data.Source, folder: Path):
+def draw_clip(plt, item: dict, model: D3T, source: data.Source, stem: Path):
     """Write the pictures and arrays of one clip, and print what the model takes it for."""
     explanation = explain(model, item["video"][None], item["joints"][None], item["visible"][None])
     found = {name: value[0].numpy() for name, value in vars(explanation).items() if value is not None}
     found["probabilities"] = explanation.logits[0].softmax(-1).numpy()
-    stem = folder / item["name"].replace(" ", "-").replace("/", "-")
-    np.savez(f"{stem}.npz", label=item["label"], **found)
+    np.savez(f"{stem}.npz", name=item["name"], label=item["label"], **found)
     if "tokens" in found:
         draw_tokens(plt, item, found, Path(f"{stem}-tokens.png"))
     if "joints" in found:
@@ -243,24 +244,28 @@ def draw_clip(plt, item: dict, model: D3T, source: data.Source, folder: Path):
     print(f"{item['name']}: {guess} ({found['probabilities'].max():.1%}), label {label}")
 
 
-def load_model(path: Path, options: argparse.Namespace) -> tuple[D3T, data.Source, data.Dataset]:
-    """The model of a checkpoint and the clips it is tested on; UsageError or DataError where they do not fit."""
+# --------------------------------------------------------------------------------------------------------------------
+# Command line
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def load_model(path: Path) -> tuple[D3T, dict]:
+    """The model of a checkpoint, and the checkpoint; UsageError if it is none."""
     saved = train.load_checkpoint(path)
-    options.data = options.data or saved["data"]
-    source = data.load(options)
-    s = Settings(**saved["settings"])
-    if (s.classes, s.joints) != (len(source.classes), len(source.joint_names)):
-        here = f"{options.data} has {len(source.classes)} and {len(source.joint_names)}: use --data {saved['data']}"
-        raise train.UsageError(f"{path} has {s.classes} classes and {s.joints} joints, {here}")
-    model = D3T(s)
-    try:
+    with data.errors_as(data.UsageError, f"{path} does not fit"):
+        model = D3T(Settings(**saved["settings"]))
         model.load_state_dict(saved["model"])
-    except RuntimeError as error:
-        raise train.UsageError(f"{path} does not fit: {data.reason(error)}") from None
-    return model.eval(), source, data.Dataset(source, "test", s.frames, s.height, s.width)
+    return model.eval(), saved
 
 
-def main(words: list[str] | None = None) -> int:
+def clips_to_test(source: data.Source, saved: dict) -> data.Dataset:
+    """The test split in the form that the model of a checkpoint takes."""
+    s = saved["settings"]
+    return data.Dataset(source, "test", s["frames"], s["height"], s["width"], hide=saved["recipe"]["hide"])
+
+
+@tool("tools.explain")
+def main(words: list[str] | None = None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--clips", type=int, nargs="+", default=[0], metavar="N", help="numbers in the test split [0]")
@@ -268,22 +273,20 @@ def main(words: list[str] | None = None) -> int:
     data.add_flags(parser)
     parser.set_defaults(data=None)  # the data set of the checkpoint
     options = parser.parse_args(words)
-    try:
-        model, source, clips = load_model(options.checkpoint, options)
-        for number in options.clips:
-            if not 0 <= number < len(clips):
-                raise train.UsageError(f"--clips {number}: the test split has the clips 0 to {len(clips) - 1}")
-        plt = data.need("matplotlib.pyplot", "matplotlib", "to draw the pictures")
-        plt.switch_backend("agg")
-        options.out.mkdir(parents=True, exist_ok=True)
-        for number in options.clips:
-            draw_clip(plt, clips[number], model, source, options.out)
-        return 0
-    except (train.UsageError, data.DataError, OSError) as error:
-        print(f"tools.explain: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+    model, saved = load_model(options.checkpoint)
+    options.data = options.data or saved["data"]
+    source = data.load(options)
+    source = data.match(source, saved["classes"], saved["joint_names"]) or source
+    clips = clips_to_test(source, saved)
+    for number in options.clips:
+        if not 0 <= number < len(clips):
+            raise data.UsageError(f"--clips {number}: the test split has the clips 0 to {len(clips) - 1}")
+    plt = data.need("matplotlib.pyplot", "matplotlib", "to draw the pictures")
+    plt.switch_backend("agg")
+    options.out.mkdir(parents=True, exist_ok=True)
+    for number in options.clips:
+        item = clips[number]
+        draw_clip(plt, item, model, source, options.out / file_name(str(number), item["name"]))
 
 
 if __name__ == "__main__":

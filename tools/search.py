@@ -9,6 +9,7 @@ seconds; a larger one is `python -m tools.search --kernel 5 --grid 5 9 9 --steps
 
 import argparse
 import itertools
+import sys
 import time
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 import data
 from d3t import DeformableAttention
+from tools.common import tool
 
 WIDTH, CODES, TESTS, SHOWN = 16, 4, 256, 3  # D, labels, samples of a test, samples in the picture
 SCALE = 2  # of the displacement channels, for each token; with less, some seeds need more steps
@@ -84,12 +86,12 @@ def draw(plots, options: argparse.Namespace, found: list[Tensor]):
                 axis.scatter(x, y, s=20, c=face, edgecolors="tab:blue", label=name)
             axis.set(xticks=[], yticks=[], ylim=(h - 0.5, -0.5), aspect="equal", xlabel=f"frame {t}")
         axes[0].set_title(f"sample {i}: code {label}, predicted {guess}", loc="left")
-    figure.legend(
-        *axis.get_legend_handles_labels(), loc="outside lower center", ncols=2, title="orange: the marked token"
-    )
+    names = axis.get_legend_handles_labels()
+    figure.legend(*names, loc="outside lower center", ncols=2, title="orange: the marked token")
     figure.savefig(options.out / "search.png", dpi=110)
 
 
+@tool("tools.search")
 def main(words: list[str] | None = None):
     parser = argparse.ArgumentParser("tools.search", usage=argparse.SUPPRESS, description=__doc__)
     add = parser.add_argument
@@ -101,13 +103,11 @@ def main(words: list[str] | None = None):
         add(f"--{name}", type=type(value), default=value, metavar="N", help=f"[{value}]")
     options = parser.parse_args(words)
     allowed = min(options.rate, options.steps, options.batch, *options.grid) > 0 <= min(options.noise, *options.seeds)
-    if not allowed or min(options.kernel, max(options.grid)) < 3:
-        parser.error("--kernel and an axis of --grid must be 3 or more, --noise and --seeds 0 or more, others positive")
-    try:
-        options.out.mkdir(parents=True, exist_ok=True)
-        plots = data.need("matplotlib.figure", "matplotlib", "to draw the picture")
-    except (data.DataError, OSError) as error:
-        parser.error(str(error))
+    if not allowed or min(options.kernel, max(options.grid)) < 3 or max(options.seeds) >= 2**64:
+        text = "--kernel and an axis of --grid must be 3 or more, --noise 0 or more, --seeds 0 to 2^64 - 1, "
+        raise data.UsageError(text + "others positive")
+    options.out.mkdir(parents=True, exist_ok=True)
+    plots = data.need("matplotlib.figure", "matplotlib", "to draw the picture")
     print("| search | seed | top-1 | distance before | after | steps | seconds |\n" + "| --- " * 7 + "|")
     for seed, search in itertools.product(options.seeds, ("learned", "frozen")):
         (top1, before, after, seconds), tested = experiment(options, seed, search == "frozen")
@@ -117,4 +117,4 @@ def main(words: list[str] | None = None):
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
