@@ -239,8 +239,9 @@ def clip_for(s: Settings, B=2, seed=3):
 
 
 def normalised(video, joints, visible):
-    """The same clips in float64. A float video counts as normalised."""
-    return (video.double() / 255 - 0.4) / 0.2, joints.double(), visible
+    """The same clips in float64, the video normalised with the mean and deviation of Kinetics-400."""
+    mean, std = (torch.tensor(v).view(3, 1, 1, 1) * 255 for v in ([0.432, 0.395, 0.376], [0.228, 0.221, 0.217]))
+    return (video - mean.double()) / std.double(), joints.double(), visible
 
 
 GRIDS = [((3, 5, 4), 3), ((6, 3, 7), 3), ((4, 7, 2), 5)]  # T, h, w and k; the last has axes shorter than k
@@ -267,7 +268,6 @@ def test_token_search_is_eq_3(grid, k):
         expected, expected_points = loop_search(Z[b].numpy(), weights(search), k)
         close(points[b], expected_points)
         close(out[b], expected)
-    assert (points - search.reference).abs().amax((0, 1, 2, 3))[torch.tensor(search.conv.kernel_size) > 1].min() > 0.1
 
 
 @pytest.mark.parametrize("grid, k", GRIDS)
@@ -308,19 +308,16 @@ def test_temporal_stride_attention_is_fig_4b(T, N, window, stride, queries):
 
 @pytest.mark.parametrize(
     "changes",
-    [
-        {},
-        dict(frames=4, width=20, joints=5),
-        dict(height=9, temporal_window=5),
-        dict(sigma=2, blocks=1, pose_embedding=True),
-    ],
+    [{}, dict(frames=4, width=20, joints=5), dict(height=9, blocks=1, temporal_window=5, sigma=2, pose_embedding=True)],
 )
 def test_model_is_fig_2a(changes):
-    """Catches: modal tokens sent to the wrong attention, no CLS fusion, a missing embedding or norm, clips mixed."""
+    """Catches: modal tokens sent to the wrong attention, no CLS fusion, a missing embedding or norm, clips mixed,
+    bytes normalised with another scale or order of channels."""
     s = small(**changes)
-    model = randomize(D3T(s))
-    video, joints, visible = normalised(*clip_for(s))
-    logits = model(video, joints, visible)
+    model, clip = randomize(D3T(s)), clip_for(s)
+    video, joints, visible = normalised(*clip)
+    logits = model(clip[0], joints, visible)
+    close(model(video, joints, visible), logits, 1e-12)
     F_a, F_b = model.trunk(video)
     w, P = weights(model), loop_joint_tokens(F_a.detach().numpy(), joints.numpy(), visible.numpy(), s.sigma)
     for b in range(2):
@@ -358,8 +355,7 @@ def test_last_block_asks_with_the_modal_tokens_alone(modal):
 @pytest.mark.parametrize("push", [-1, 0, 1])
 @pytest.mark.parametrize("grid, k", [((5, 9, 7), 3), ((7, 8, 9), 7), ((1, 5, 8), 3)])
 def test_search_without_weights_returns_an_exact_crop(grid, k, push):
-    """Catches: time and width swapped, positions scaled by n - 1 (NaN on an axis of one token), offsets that reach
-    beyond the first or last token or not up to it, clamped points."""
+    """Catches: time and width swapped, positions scaled by n - 1, clamped points, a point outside the volume."""
     search = d3t.TokenSearch(4, grid, k).double()  # untrained, it does not move a point
     torch.nn.init.constant_(search.offset.weight, 0.0)
     torch.nn.init.constant_(search.offset.bias, 1e9 * push)
@@ -404,38 +400,30 @@ def test_joints_lie_on_the_cells_that_see_them():
 @pytest.mark.parametrize(
     "function, shapes",
     [
-        (
-            lambda F_a: d3t.joint_tokens(F_a, 3 * randn(1, 2, 3, 2).abs(), torch.ones(1, 2, 3) > 0, 1.0),
-            [(1, 2, 2, 4, 5)],
-        ),
+        (lambda F_a: d3t.joint_tokens(F_a, randn(1, 2, 3, 2), torch.ones(1, 2, 3) > 0, 1.0), [(1, 2, 2, 3, 4)]),
         # Z moves the points, too. They lie between the tokens, where the interpolation has no kink.
         (randomize(d3t.TokenSearch(3, (3, 4, 5), 3), 0.5), [(1, 3, 4, 5, 3)]),
         (randomize(d3t.DeformableAttention(4, 2, (2, 3, 4), 2)), [(1, 2, 12, 4), (1, 2, 2, 4)]),
         (randomize(d3t.JointStrideAttention(4, 2, 5, 3, 2)), [(2, 2, 5, 4), (2, 2, 2, 4)]),
         (randomize(d3t.TemporalStrideAttention(4, 2, 5, 3, 2)), [(2, 5, 3, 4)]),
     ],
-    ids=["tokenizer", "search", "deformable", "joint", "temporal"],
 )
 def test_gradcheck(function, shapes):
     """Catches: points without a gradient, tokens whose gradient is lost on the way through windows and means."""
     assert torch.autograd.gradcheck(function, [randn(*shape).requires_grad_() for shape in shapes], atol=1e-6)
 
 
-ATTENTIONS = ("deformable", "joint", "temporal")
+ATTENTIONS = ("deformable_attention", "joint_attention", "temporal_attention")
 TABLE_4 = [(False, True, True), (True, False, False), (True, False, True), (True, True, False), (True, True, True)]
-
-
-def row_of_table_4(which, **changes) -> Settings:
-    return small(**{f"{name}_attention": on for name, on in zip(ATTENTIONS, which)}, **changes)
 
 
 @pytest.mark.parametrize("which", TABLE_4[:-1])
 def test_disabled_attention_is_skipped(which):
     """Catches: a row of Table 4 that is not the full model with attentions that add nothing and a fusion of one CLS."""
-    full, row = randomize(D3T(small())), D3T(row_of_table_4(which)).double().eval()
+    full, row = randomize(D3T(small())), D3T(small(**dict(zip(ATTENTIONS, which)))).double().eval()
     for block in full.blocks:
         for name in itertools.compress(ATTENTIONS, (not on for on in which)):
-            attention = getattr(block, name).attention
+            attention = getattr(block, name.removesuffix("_attention")).attention
             for p in (*attention.Wo.parameters(), *attention.ffn[2].parameters()):
                 p.data.zero_()
         if not (which[0] and which[1]):
@@ -450,7 +438,7 @@ def test_disabled_attention_is_skipped(which):
 @pytest.mark.parametrize("which", TABLE_4)
 def test_every_parameter_learns_in_every_ablation(which, modal):
     """Catches: a parameter without effect in a row of Table 4 or 5, a gradient that is not finite."""
-    s = row_of_table_4(which, channels=8, modal_tokens=modal, pose_embedding=True)
+    s = small(channels=8, modal_tokens=modal, pose_embedding=True, **dict(zip(ATTENTIONS, which)))
     torch.manual_seed(0)
     model = D3T(s).double()
     for module in model.modules():
@@ -463,9 +451,7 @@ def test_every_parameter_learns_in_every_ablation(which, modal):
 
 
 @pytest.mark.parametrize("axis", [0, 1])
-@pytest.mark.parametrize(
-    "value, seen", [(7.3, False), (1e38, False), (math.nan, False), (math.nan, True), (math.inf, True)]
-)
+@pytest.mark.parametrize("value, seen", [(7.3, False), (math.nan, False), (math.nan, True), (math.inf, True)])
 def test_absent_joints_have_no_effect(value, seen, axis):
     """Catches: coordinates of a joint that is hidden or not finite in its token, NaN in the logits or a gradient."""
     s = small()
@@ -544,50 +530,39 @@ def test_trunk_computes_r2plus1d():
         close(found, expected)
 
 
-def test_bytes_are_normalised():
-    """Catches: a mean with another scale or channel order than the pixels."""
-    s = small()
-    model = D3T(s).eval()
-    video, *rest = clip_for(s)
-    mean, std = (torch.tensor(v).view(3, 1, 1, 1) for v in ([0.432, 0.395, 0.376], [0.228, 0.221, 0.217]))
-    close(model(video, *rest), model((video / 255 - mean) / std, *rest), 1e-5)
-
-
 def test_initial_scales():
     """Catches: weights of another initial scale, which decides whether the two-minute run learns."""
     model = D3T(Settings(channels=16, blocks=2, frames=4, height=40, width=40, kernel=3, pose_embedding=True))
-    added = {f"{name}.{last}.weight" for name, m in model.named_modules() if isinstance(m, d3t.AttentionBlock)
-             for last in ("Wo", "ffn.2")}  # fmt: skip
     for name, p in model.named_parameters():
         if name.startswith(("position", "modal")):
             std = 0.02
         elif p.ndim == 5:
             std = (2 / (p.shape[0] * p[0, 0].numel())) ** 0.5 if "search" not in name else 27**-0.5
         elif p.ndim == 2 and "offset" not in name:
-            std = (2 / sum(p.shape)) ** 0.5 / (12**0.5 if name in added else 1)  # six attentions add twice each
+            added = name.endswith(("Wo.weight", "ffn.2.weight"))  # by six attentions, twice each
+            std = (2 / sum(p.shape)) ** 0.5 / (12**0.5 if added else 1)
         else:
             expected = 1.0 if p.ndim == 1 and name.endswith("weight") else 0.0  # of a norm; of a bias, the search
             assert (p == expected).all(), name
             continue
         assert abs(p.std() / std - 1) < 4 / p.numel() ** 0.5, name
         assert abs(p.mean()) < 5 * std / p.numel() ** 0.5, name
-    assert len(added) == 12
 
 
 @pytest.mark.parametrize(
     "changes, numbers",
     [
         (dict(joint_window=8), ("8", "7")), (dict(temporal_window=6), ("6", "5")), (dict(heads=3), ("8", "3")),
-        (dict(heads=5), ("8", "5")),
-        (dict(joint_stride=5), ("5", "4")), (dict(modal_tokens=2), ("2",)), (dict(frames=0), ("0",)),
-        (dict(kernel=1), ("kernel", "2")), (dict(sigma=float("nan")), ("sigma", "nan")),
+        (dict(joint_stride=5), ("5", "4")), (dict(modal_tokens=2), ("2",)), (dict(frames=0), ("frames", "positive")),
+        (dict(modal_tokens=-1), ("modal_tokens", "0 or more", "-1")), (dict(sigma=math.inf), ("sigma", "2^63", "inf")),
+        (dict(kernel=1), ("kernel", "2")), (dict(sigma=math.nan), ("sigma", "positive", "nan")),
         (dict(deformable_attention=False, temporal_attention=False), ("deformable_attention",)),
         (dict(frames=12.0), ("frames", "int", "12.0")), (dict(sigma="1"), ("sigma", "float", "'1'")),
         (dict(pose_embedding=1), ("pose_embedding", "bool")), (dict(classes=np.int64(4)), ("classes", "int")),
     ],
 )  # fmt: skip
 def test_settings_that_cannot_be(changes, numbers):
-    """Catches: a shape error deep inside the model instead of one line that names both numbers."""
+    """Catches: a shape error deep inside the model instead of one line that names the field and both numbers."""
     with pytest.raises((ValueError, TypeError)) as error:
         small(**changes)
     assert all(number in str(error.value) for number in numbers)
@@ -597,7 +572,6 @@ def test_settings_that_cannot_be(changes, numbers):
     "name, change, said",
     [
         ("video", lambda x: x[:, :, :4], ["(2, 3, 4, 24, 34)", "(2, 3, 5, 24, 34)"]),
-        ("video", lambda x: x[..., :32], ["(2, 3, 5, 24, 32)", "(2, 3, 5, 24, 34)"]),
         ("joints", lambda x: x[:, :, :1], ["(2, 5, 1, 2)", "(2, 5, 7, 2)"]),
         ("visible", lambda x: x[:1], ["(1, 5, 7)", "(2, 5, 7)"]),
         ("visible", lambda x: 2 * x.to(torch.uint8), ["bool"]),  # 2 for visible, as in COCO, would count as hidden
@@ -607,7 +581,6 @@ def test_settings_that_cannot_be(changes, numbers):
         ("joints", torch.Tensor.tolist, ["torch tensor", "list"]),
         ("visible", lambda x: None, ["torch tensor", "NoneType"]),
     ],
-    ids=["frames", "width", "joints", "batch", "visible", "double", "int", "numpy", "list", "none"],
 )
 def test_inputs_that_do_not_fit(name, change, said):
     """Catches: a clip of another T, size or number of joints that passes by broadcasting, a wrong type not named."""
@@ -622,9 +595,8 @@ def test_one_graph_for_any_batch():
     """Catches: a branch on data, a call that splits the graph of torch.compile, a batch size fixed in the graph."""
     s = small(blocks=1)
     model, clip = D3T(s).eval(), clip_for(s)
-    model.trunk.layer1 = model.trunk.layer2 = (
-        torch.nn.Identity()
-    )  # residual blocks are plain, and take seconds to trace
+    # The residual blocks have no sizes in their code and take seconds to trace.
+    model.trunk.layer1 = model.trunk.layer2 = torch.nn.Identity()
     model.trunk.layer3 = torch.nn.Conv3d(s.channels, 4 * s.channels, 1, (1, 4, 4))
     for x in clip:
         torch._dynamo.mark_dynamic(x, 0)
