@@ -2376,13 +2376,13 @@ def run_block(block, names):
         assert tuple(names[name].shape) == tuple(map(int, shape.split(","))), name
 
 
-def test_own_clips_of_the_readme(fit, tmp_path, monkeypatch, capsys):
+def test_own_clips_of_the_readme(tmp_path, monkeypatch, capsys):
     """Catches: a newcomer's path from four videos to a label, to other classes and to scores that breaks off."""
     pytest.importorskip("av", reason="needs av, the decoder of videos")
     monkeypatch.chdir(tmp_path)
     section, names, printed = README.split("## Your own clips")[1].split("\n## ")[0], {"torch": torch}, ""
     names |= vars(d3t)
-    for block, command in re.findall(r"```python\n(.*?)```|^    python (.*)$", section, re.DOTALL | re.MULTILINE):
+    for block, command in re.findall(r"```python\n(.*?)```|^    python ([^\n]*)$", section, re.DOTALL | re.MULTILINE):
         if block:
             run_block(block, names)
             continue
@@ -2396,10 +2396,7 @@ def test_own_clips_of_the_readme(fit, tmp_path, monkeypatch, capsys):
 
 def commands():
     """The train.py and tools commands of the README that have arguments."""
-    found = re.findall(
-        r"(?:train\.py|-m tools\.\w+)(?: [^`\n&|]*)?",
-        re.sub("## Your own clips.*?## Results", "", README, flags=re.DOTALL),
-    )
+    found = re.findall(r"(?:train\.py|-m tools\.\w+)(?: [^`\n&|]*)?", README)
     return sorted({words.split("  #")[0].strip() for words in found if " -" in words and " -h" not in words})
 
 
