@@ -334,17 +334,16 @@ def load_weights(model: D3T, path: Path) -> list[str]:
     with errors_as(UsageError, f"--weights {path} does not fit"):
         saved = read_tensors(path)
         if "model" not in saved:  # torchvision's layer4 and fc are not needed
-            weights = {key: value for key, value in saved.items() if not key.startswith(("layer4.", "fc."))}
-            model.trunk.load_state_dict(weights)
+            model.trunk.load_state_dict({k: v for k, v in saved.items() if not k.startswith(("layer4.", "fc."))})
             return []
         old, weights, new = Settings(**saved["settings"]), saved["model"], model.state_dict()
+        model.trunk.load_state_dict({k.removeprefix("trunk."): v for k, v in weights.items() if k.startswith("trunk.")})
         T, h, w = model.settings.grid
         for key in weights.keys() & {"position_t", "position_p", "modal"}:  # (T, N, D)
             weights[key] = F.interpolate(weights[key].permute(1, 2, 0), T, mode="linear").permute(2, 0, 1)
         table = weights["position_s"].unflatten(1, old.grid[1:]).permute(0, 3, 1, 2)  # (1, D, h, w)
         weights["position_s"] = F.interpolate(table, (h, w), mode="bilinear").flatten(2).transpose(1, 2)
         fitting = {key for key in new.keys() & weights.keys() if new[key].shape == weights[key].shape}
-        model.trunk.load_state_dict({key[6:]: weights[key] for key in fitting if key.startswith("trunk.")})
         model.load_state_dict({key: weights[key] for key in fitting}, strict=False)
         return [key for key in new if key not in fitting]
 
@@ -409,12 +408,7 @@ def parse_args(words: list[str] | None) -> tuple[argparse.Namespace, dict]:
     add = parser.add_argument_group("run").add_argument
     add("--preset", choices=PRESETS, help="the defaults of training and model [paper; for synthetic clips tiny]")
     add("--out", type=Path, metavar="DIR", help="folder of the run [runs/DATA]")
-    add(
-        "--weights",
-        type=Path,
-        metavar="PATH",
-        help="start from a checkpoint, or the trunk from torchvision's r2plus1d_18",
-    )
+    add("--weights", type=Path, metavar="PATH", help="start from a checkpoint, or its trunk from r2plus1d_18")
     add("--save-every", type=int, default=500, metavar="N", help="steps between two last.pt in an epoch [500]")
     add("--stop-after", type=int, default=math.inf, metavar="N", help="stop at this step, as by Ctrl-C [never]")
     add("--scores", type=Path, metavar="FILE.npz", help="with --eval: write names, labels and logits of the test clips")
