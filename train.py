@@ -469,7 +469,7 @@ def configure(options: argparse.Namespace, given: dict, source: data.Source, sav
         if clash:
             raise UsageError("the checkpoint does not fit: " + "; ".join(clash))
     values = values | given
-    with errors_as(UsageError, "these settings do not go together"):
+    with errors_as(UsageError, "a setting cannot be used"):
         settings, recipe = (kind(**{f.name: values[f.name] for f in fields(kind)}) for kind in (Settings, Recipe))
     parts = ranks.size * recipe.accumulate
     if recipe.batch % parts and not options.eval:
