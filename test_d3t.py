@@ -227,7 +227,6 @@ def small(**changes) -> Settings:
 
 
 def clip_for(s: Settings, B=2, seed=3):
-    """Video in bytes, joints and which of them are visible."""
     g = torch.Generator().manual_seed(seed)
     video = torch.randint(0, 256, (B, 3, s.frames, s.height, s.width), dtype=torch.uint8, generator=g)
     joints = torch.rand(B, s.frames, s.joints, 2, generator=g) * torch.tensor([s.width, s.height])
@@ -586,10 +585,9 @@ def test_settings_that_cannot_be(changes, numbers):
 )
 def test_inputs_that_do_not_fit(name, change, said):
     """Catches: a clip of another T, size or number of joints that passes by broadcasting, a wrong type not named."""
-    s = small()
-    clip = dict(zip(("video", "joints", "visible"), clip_for(s)))
+    clip = dict(zip(("video", "joints", "visible"), clip_for(small())))
     with pytest.raises(TypeError if "torch tensor" in said else ValueError, match=f"^{name} ") as error:
-        D3T(s)(**clip | {name: change(clip[name])})
+        D3T(small())(**clip | {name: change(clip[name])})
     assert all(word in str(error.value) for word in said)
 
 
@@ -602,8 +600,7 @@ def test_one_graph_for_any_batch():
     model.trunk.layer3 = torch.nn.Conv3d(s.channels, 4 * s.channels, 1, (1, 4, 4))
     for x in clip:
         torch._dynamo.mark_dynamic(x, 0)
-    compiled = torch.compile(model, fullgraph=True, backend="eager")
-    close(compiled(*clip), model(*clip), 1e-5)
+    close(torch.compile(model, fullgraph=True, backend="eager")(*clip), model(*clip), 1e-5)
 
 
 FLOW = r"^\| .* \| `(.+?)` \| `\(([\d, ]+)\)` \|"  # a row of the README: what it is, its symbol, its shape
