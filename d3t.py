@@ -326,7 +326,7 @@ def check_fields(settings):
         value, zero = getattr(settings, f.name), f.metadata["zero"]
         if type(value) is not f.type and (type(value), f.type) != (int, float):
             raise TypeError(f"{f.name} must be {f.type.__name__}, not {value!r}")
-        if f.type in (int, float) and not (0 <= value < 2**63 and (value > 0 or zero)):  # NaN fails this, too
+        if f.type in (int, float) and not (0 <= value < 2**63 and (value > 0 or zero)):  # nor NaN, inf
             raise ValueError(f"{f.name} must be {'0 or more' if zero else 'positive'} and below 2^63, not {value}")
 
 

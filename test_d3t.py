@@ -231,7 +231,6 @@ def small(**changes) -> Settings:
 
 
 def clip_for(s: Settings, B=2, seed=3):
-    """Video in bytes, joints and which of them are visible."""
     g = torch.Generator().manual_seed(seed)
     video = torch.randint(0, 256, (B, 3, s.frames, s.height, s.width), dtype=torch.uint8, generator=g)
     joints = torch.rand(B, s.frames, s.joints, 2, generator=g) * torch.tensor([s.width, s.height])
@@ -308,11 +307,10 @@ def test_temporal_stride_attention_is_fig_4b(T, N, window, stride, queries):
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, dict(frames=4, width=20, joints=5), dict(height=9, blocks=1, temporal_window=5, sigma=2, pose_embedding=True)],
+    [{}, dict(frames=4, width=20, heads=4), dict(height=9, blocks=1, temporal_window=5, sigma=2, pose_embedding=True)],
 )
 def test_model_is_fig_2a(changes):
-    """Catches: modal tokens sent to the wrong attention, no CLS fusion, a missing embedding or norm, clips mixed,
-    bytes normalised with another scale or order of channels."""
+    """Catches: modal tokens sent to the wrong attention, no CLS fusion, a missing norm, a wrong mean of the bytes."""
     s = small(**changes)
     model, clip = randomize(D3T(s)), clip_for(s)
     video, joints, visible = normalised(*clip)
@@ -345,6 +343,14 @@ def test_last_block_asks_with_the_modal_tokens_alone(modal):
     assert asked == [[every, every], [s.temporal_window * modal or every, every]]
     model.blocks[-1].queries = None
     close(model(*clip), logits, 1e-12)
+
+
+def test_head_without_modal_tokens():
+    """Catches: "No tokens" of Table 5 read by another rule than the mean RGB token beside the mean pose token."""
+    model, tokens = randomize(D3T(small(modal_tokens=0))), []
+    model.blocks[-1].register_forward_hook(lambda block, inputs, out: tokens.extend(out))
+    logits = model(*normalised(*clip_for(model.settings)))
+    close(logits, model.head(torch.cat([x.mean((1, 2)) for x in tokens[:2]], dim=1)))
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -381,12 +387,9 @@ def test_absent_joints_do_not_swamp_the_gradient():
 
 
 def test_joints_lie_on_the_cells_that_see_them():
-    """Catches: joints placed on F_a by another rule than the trunk's, half a pixel off at stride 2.
-
-    With equal weights everywhere, the gradient of a cell of F_a is its receptive field. Its centre is the cell's pixel.
-    """
+    """Catches: joints placed on F_a by another rule than the trunk's, half a pixel off at stride 2."""
     trunk = d3t.Trunk(4).double().eval()
-    for p in trunk.parameters():
+    for p in trunk.parameters():  # with equal weights, the gradient of a cell of F_a is its receptive field
         torch.nn.init.constant_(p, 0.01 if p.ndim > 1 else 1.0)
     video = torch.ones(1, 3, 1, 52, 60, dtype=DOUBLE, requires_grad=True)
     trunk.layer1(trunk.stem(video))[0, :, 0, 10, 13].sum().backward()
@@ -420,13 +423,15 @@ TABLE_4 = [(False, True, True), (True, False, False), (True, False, True), (True
 @pytest.mark.parametrize("which", TABLE_4[:-1])
 def test_disabled_attention_is_skipped(which):
     """Catches: a row of Table 4 that is not the full model with attentions that add nothing and a fusion of one CLS."""
-    full, row = randomize(D3T(small())), D3T(small(**dict(zip(ATTENTIONS, which)))).double().eval()
-    for block in full.blocks:
+    on = dict(zip(ATTENTIONS, which), joint_window=4 if which[1] else 99, temporal_window=3 if which[2] else 99)
+    full, row = randomize(D3T(small())), D3T(small(**on)).double().eval()
+    for block, block_of_row in zip(full.blocks, row.blocks):
         for name in itertools.compress(ATTENTIONS, (not on for on in which)):
             attention = getattr(block, name.removesuffix("_attention")).attention
             for p in (*attention.Wo.parameters(), *attention.ffn[2].parameters()):
                 p.data.zero_()
         if not (which[0] and which[1]):
+            assert block_of_row.fuse is None
             block.fuse.bias.data.zero_()
             block.fuse.weight.data = torch.eye(16, dtype=DOUBLE)[8:]  # the second M'_CLS, as it is
     assert not row.load_state_dict(full.state_dict(), strict=False).missing_keys
@@ -485,7 +490,7 @@ def test_autocast_computes_the_attentions_in_16_bits(dtype, monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast_keeps_positions_in_float32(dtype):
     """Catches: heat maps, their sum over F_a, offsets or points in 16 bits, where a position has three digits."""
-    F_a, joints = randn(2, 8, 3, 40, 44).float(), randn(2, 3, 7, 2).float().abs() * 30
+    F_a, joints = randn(2, 8, 3, 40, 44).to(dtype), randn(2, 3, 7, 2).float().abs() * 30
     visible, search = torch.ones(2, 3, 7, dtype=torch.bool), d3t.TokenSearch(8, (6, 9, 7), 3)
     torch.nn.init.normal_(search.offset.weight)
     with torch.autocast("cpu", dtype):
@@ -584,10 +589,9 @@ def test_settings_that_cannot_be(changes, numbers):
 )
 def test_inputs_that_do_not_fit(name, change, said):
     """Catches: a clip of another T, size or number of joints that passes by broadcasting, a wrong type not named."""
-    s = small()
-    clip = dict(zip(("video", "joints", "visible"), clip_for(s)))
+    clip = dict(zip(("video", "joints", "visible"), clip_for(small())))
     with pytest.raises(TypeError if "torch tensor" in said else ValueError, match=f"^{name} ") as error:
-        D3T(s)(**clip | {name: change(clip[name])})
+        D3T(small())(**clip | {name: change(clip[name])})
     assert all(word in str(error.value) for word in said)
 
 
@@ -600,8 +604,7 @@ def test_one_graph_for_any_batch():
     model.trunk.layer3 = torch.nn.Conv3d(s.channels, 4 * s.channels, 1, (1, 4, 4))
     for x in clip:
         torch._dynamo.mark_dynamic(x, 0)
-    compiled = torch.compile(model, fullgraph=True, backend="eager")
-    close(compiled(*clip), model(*clip), 1e-5)
+    close(torch.compile(model, fullgraph=True, backend="eager")(*clip), model(*clip), 1e-5)
 
 
 FLOW = r"^\| .* \| `(.+?)` \| `\(([\d, ]+)\)` \|"  # a row of the README: what it is, its symbol, its shape
