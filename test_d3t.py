@@ -2073,7 +2073,7 @@ USAGE = [
     ("--overwrite --weights NOISE", "--weights"), ("--overwrite --weights WIDE", "wide.pt"),
     ("--overwrite --channels 8 --weights RUN/last.pt", "last.pt does not fit: "), ("--out NOISE", "noise.pt"),
     ("--overwrite --batch 7 --accumulate 2", "--batch 7"), ("--overwrite --batch 64", "43"),
-    ("--overwrite --epochs -1", "epochs"), ("--overwrite --warmup 2", "warmup"), ("--overwrite --lr nan", "lr"),
+    ("--overwrite --epochs -1", "epochs"), ("--overwrite --warmup 2", "warmup"), ("--overwrite --warmup nan", "warmup"),
     ("--overwrite --seed 99999999999999999999", "seed"), ("--overwrite --hide me", "joints"),
     ("--overwrite --workers -1", "--workers"), ("--overwrite --stop-after 0", "--stop-after"),
     ("--overwrite --save-every 0", "--save-every"), ("--overwrite --channels 1000000000000", "cannot be made"),
