@@ -32,7 +32,6 @@ import argparse
 import functools
 import importlib
 import inspect
-import math
 import os
 import pickle
 import re
@@ -175,13 +174,6 @@ def rescale(joints: np.ndarray, old: Size, new: Size) -> np.ndarray:
     return (joints + 0.5) * np.float32([new[1] / old[1], new[0] / old[0]]) - 0.5
 
 
-def mirror(video: np.ndarray, joints: np.ndarray, visible: np.ndarray, partner: np.ndarray):
-    """A clip as a mirror shows it: x becomes W - 1 - x, and each joint trades places with its `partner` (R,)."""
-    joints, visible = joints[:, partner], visible[:, partner]
-    joints[..., 0] = video.shape[2] - 1 - joints[..., 0]
-    return video[:, :, ::-1], joints, visible
-
-
 class Dataset(torch.utils.data.Dataset):
     """The clips of one split, as items of the form above, by number or by (epoch, number).
 
@@ -228,8 +220,9 @@ class Dataset(torch.utils.data.Dataset):
         size, crop = place_crop(clip.size, self.crop, augment)
         video, joints, visible = read_clip(self.source, clip, lambda n: (place * n / T).astype(int), size, crop)
         joints = rescale(joints, clip.size, size) - np.float32([crop[1].start, crop[0].start])
-        if self.train and rng.random() < 0.5:
-            video, joints, visible = mirror(video, joints, visible, self.partner)
+        if self.train and rng.random() < 0.5:  # as a mirror shows it: joints trade places with their partners
+            video, joints, visible = video[:, :, ::-1], joints[:, self.partner], visible[:, self.partner]
+            joints[..., 0] = self.crop[1] - 1 - joints[..., 0]
         inside = (joints >= -0.5) & (joints < np.float32(self.crop[::-1]) - 0.5)  # false for NaN
         if self.hide == "video":
             video = np.full_like(video, 128)
@@ -443,7 +436,7 @@ def find_files(roots: list[Path], endings: tuple[str, ...]) -> dict[str, list[Pa
                 folders.clear()
                 continue
             visited.add(real)
-            folders.sort()
+            folders.sort(key=lambda name: (os.path.islink(os.path.join(folder, name)), name))  # links last
             for path in (Path(folder, file) for file in sorted(files) if file.lower().endswith(endings)):
                 for key in {clip_key(path.stem), clip_key(str(path.relative_to(root).with_suffix("")))}:
                     found[key].append(path)
@@ -491,9 +484,8 @@ def read_video(path: Path, frames: np.ndarray, size: Size, crop: Crop) -> Frames
         for n, picture in enumerate((each for packet in packets(path) for each in packet.decode()), start=1):
             if n - 1 in wanted:
                 turns = round(picture.rotation / 90)  # to the left: a phone may store an upright video on its side
-                turn = slice(None, None, -1 if turns % 2 else 1)
-                height, width = size[turn]
-                shown = (picture.height, picture.width)[turn]
+                height, width = size[:: -1 if turns % 2 else 1]
+                shown = (picture.height, picture.width)[:: -1 if turns % 2 else 1]
                 picture = scaler.reformat(picture, width, height, "rgb24", interpolation="BILINEAR")
                 video[frames == n - 1] = np.rot90(picture.to_ndarray(), turns)[crop]
         if not n:
@@ -654,42 +646,52 @@ COCO_JOINTS = [
 COCO_PAIRS = [(i, i + 1) for i in range(1, 17, 2)]
 
 
-def from_buffer(content, kind: np.dtype, shape, order: str, axes=None) -> np.ndarray:
-    """As numpy's `_frombuffer`; numpy 2.4 writes a transposed array with the order of its axes."""
-    array = np.frombuffer(content, kind).reshape(shape, order="C" if axes else order)
-    return array.transpose(axes) if axes else array
+class Kind:
+    """Stands for numpy.dtype: in a damaged pickle, numpy's own can claim to hold objects, and crash."""
+
+    def __init__(self, code: str, *_):
+        self.code = code
+
+    def __setstate__(self, state):
+        self.code = state[1] + self.code  # the order of its bytes
+
+
+def build_array(content, kind: Kind, shape, order: str, axes=None) -> np.ndarray:
+    """An array from its bytes or its list of objects, as numpy's `_frombuffer`; ValueError if their count is wrong."""
+    if "O" in kind.code:
+        return np.fromiter(content, object).reshape(shape)  # numpy writes these row by row, whatever their order
+    array = np.frombuffer(content, kind.code).reshape(shape, order="C" if axes else order)
+    return array.transpose(axes) if axes else array  # numpy 2.4 writes a transposed array with the order of its axes
 
 
 class Array(np.ndarray):
     """Stands for numpy.ndarray: numpy's own `__setstate__` crashes on a list of objects that is too short."""
 
     def __setstate__(self, state):
-        _, shape, kind, _, content = state
-        if kind.hasobject and (kind.kind != "O" or len(content) != math.prod(shape)):
-            raise ValueError("an array of objects is damaged")
-        super().__setstate__(state)
+        _, shape, kind, fortran, content = state
+        super().__setstate__(build_array(content, kind, shape, "F" if fortran else "C").__reduce__()[2])
 
 
 class Unpickler(pickle.Unpickler):
     """Reads plain containers, numbers, strings and numpy arrays, and refuses all else: a pickle can run any code."""
 
+    plain = "collections.OrderedDict collections.defaultdict _codecs.encode builtins.bytes builtins.list builtins.set"
     known = {
         "numpy.ndarray": Array,
-        "numpy.dtype": np.dtype,
+        "numpy.dtype": Kind,
         "numpy.core.multiarray._reconstruct": lambda *_: Array(0),
-        "numpy.core.multiarray.scalar": lambda kind, content: np.frombuffer(content, kind)[0],
-        "numpy.core.numeric._frombuffer": from_buffer,
-        "collections.OrderedDict": dict,
-        "collections.defaultdict": lambda *_: {},
-        "_codecs.encode": lambda text, _: text.encode("latin1"),  # how protocol 2 writes bytes
-        **{f"{module}.{kind.__name__}": kind for module in ("__builtin__", "builtins") for kind in (bytes, list, set)},
+        "numpy.core.multiarray.scalar": lambda kind, content: build_array(content, kind, (), "C")[()],
+        "numpy.core.numeric._frombuffer": build_array,
     }
 
     def find_class(self, module: str, name: str):
-        known = self.known.get(f"{module}.{name}".replace("numpy._core", "numpy.core"))  # numpy 2 and numpy 1
-        if known is None:
-            raise pickle.UnpicklingError(f"it wants {module}.{name}, which no data set needs")
-        return known
+        full = f"{module}.{name}".replace("__builtin__", "builtins")
+        if full in self.plain.split():
+            return super().find_class(module, name)
+        full = full.replace("numpy._core", "numpy.core")  # numpy 2 and numpy 1
+        if full not in self.known:
+            raise pickle.UnpicklingError(f"it wants {full}, which no data set needs")
+        return self.known[full]
 
 
 NO_PICKLE = {b"\x1f": "gzipped", b"P": "a zip archive", b"{": "JSON", b"[": "JSON", b"\x93": "an array of numpy"}
@@ -706,8 +708,6 @@ def read_pickle(path: Path, splits: tuple[str, str]) -> tuple[Source, dict, set[
         listed, annotations = content["split"], content["annotations"]
         if not {*splits} <= listed.keys():
             raise ValueError(f"it has no {' or '.join(splits)}; its splits are {[*listed]}")
-        if any(isinstance(listed[split], str) for split in splits):
-            raise ValueError("a split is a list of names, not one name")
         train, test = ({clip_key(name) for name in listed[split]} for split in splits)
         names = [entry.get("filename") or entry["frame_dir"] for entry in annotations]
         entries = {clip_key(name): (name, entry) for name, entry in zip(names, annotations)}
@@ -715,14 +715,13 @@ def read_pickle(path: Path, splits: tuple[str, str]) -> tuple[Source, dict, set[
             raise ValueError("two of its entries have one name")
         if train & test:
             raise ValueError(f"clips are for training and test alike, such as {min(train & test)}")
-        if ("joint_names" in content) != ("flip_pairs" in content):
-            raise ValueError("joint_names and flip_pairs belong together")
-        joints, pairs = [*content.get("joint_names", COCO_JOINTS)], [*content.get("flip_pairs", COCO_PAIRS)]
-        classes, numbers = [*content.get("label_names", [])], [joint for a, b in pairs for joint in (a, b)]
+        own = "joint_names" in content
+        joints, pairs = (content["joint_names"], content["flip_pairs"]) if own else (COCO_JOINTS, COCO_PAIRS)
+        classes, numbers = content.get("label_names", []), [joint for pair in pairs for joint in pair]
         for each in (joints, classes, numbers):
             if len({*each}) < len(each) or not {*numbers} <= {*range(len(joints))}:
                 raise ValueError(f"one of joint_names, label_names, flip_pairs is there twice or unknown: {each}")
-    return Source(classes, joints, pairs, read_video, length=video_length, spread=True), entries, train, test
+    return Source([*classes], [*joints], [*pairs], read_video, length=video_length, spread=True), entries, train, test
 
 
 def pyskl(roots: list[Path], annotations: Path, split_train="train", split_val="val", min_score=0.0) -> Source:
@@ -733,10 +732,8 @@ def pyskl(roots: list[Path], annotations: Path, split_train="train", split_val="
     need("av", "av", "to read the videos of this data set")
     source, entries, train, test = read_pickle(annotations, (split_train, split_val))
     videos = find_files(roots, VIDEOS)
-    if not videos:
-        raise DataError(f"no videos in {', '.join(map(str, roots))}: looked for NAME.mp4 as named in {annotations}")
     k, persons, labels = len(source.joint_names), 1, 0
-    for key in [key for key in entries if key in train | test]:
+    for key in [key for key in entries if key in train or key in test]:
         name, entry = entries[key]
         try:
             clip = pyskl_clip(name, entry, k, len(source.classes) or 10_000, min_score)
@@ -754,7 +751,8 @@ def pyskl(roots: list[Path], annotations: Path, split_train="train", split_val="
         source.clips["train" if key in train else "test"].append(clip)
     source.missing += [f"{key} has no annotation in {annotations}" for key in sorted((train | test) - entries.keys())]
     if not any(source.clips.values()):
-        raise DataError(f"{annotations}: no clip of it can be used: {[*source.problems, *source.missing, 'none'][0]}")
+        why = [*source.problems, *source.missing, "it names none"][0]
+        raise DataError(f"{annotations}: no clip of it can be used with {', '.join(map(str, roots))}: {why}")
     source.classes = source.classes or [str(label) for label in range(labels)]
     source.joint_names += [f"{name} {p + 1}" for p in range(1, persons) for name in source.joint_names]
     source.flip_pairs += [(a + k * p, b + k * p) for p in range(1, persons) for a, b in source.flip_pairs]
