@@ -476,8 +476,7 @@ def read_video(path: Path, frames: np.ndarray, size: Size, crop: Crop) -> Frames
     """
     from av.video.reformatter import VideoReformatter
 
-    (top, bottom), (left, right) = ((edge.start, edge.stop) for edge in crop)
-    video = np.empty((len(frames), bottom - top, right - left, 3), np.uint8)
+    video = np.empty((len(frames), *(edge.stop - edge.start for edge in crop), 3), np.uint8)
     wanted, n, shown = set(frames.tolist()), 0, None
     scaler = VideoReformatter()  # one for all frames: setting it up costs more than scaling
     with errors_as(BadClip, path):
@@ -543,7 +542,7 @@ def ntu(roots: list[Path], protocol: str) -> Source:
             file=sys.stderr,
         )
     names = [f"{joint} {person}" for person in (1, 2) for joint in NTU_JOINTS]
-    pairs = [(a + p, b + p) for p in (0, 25) for a, b in NTU_PAIRS]
+    pairs = NTU_PAIRS + [(a + 25, b + 25) for a, b in NTU_PAIRS]
     source = Source([f"A{a:03d}" for a in range(1, actions + 1)], names, pairs, read_video, ntu_annotate, video_length)
     source.squeezed = True  # many re-encode the videos to 340 x 256
     for name in sorted(skeletons.keys() | videos.keys()):
@@ -675,7 +674,8 @@ class Array(np.ndarray):
 class Unpickler(pickle.Unpickler):
     """Reads plain containers, numbers, strings and numpy arrays, and refuses all else: a pickle can run any code."""
 
-    plain = "collections.OrderedDict collections.defaultdict _codecs.encode builtins.bytes builtins.list builtins.set"
+    plain = {"collections.OrderedDict", "collections.defaultdict", "_codecs.encode"}  # protocol 2 encodes bytes
+    plain |= {f"{module}.{kind}" for module in ("__builtin__", "builtins") for kind in ("bytes", "list", "set")}
     known = {
         "numpy.ndarray": Array,
         "numpy.dtype": Kind,
@@ -685,13 +685,12 @@ class Unpickler(pickle.Unpickler):
     }
 
     def find_class(self, module: str, name: str):
-        full = f"{module}.{name}".replace("__builtin__", "builtins")
-        if full in self.plain.split():
+        if f"{module}.{name}" in self.plain:
             return super().find_class(module, name)
-        full = full.replace("numpy._core", "numpy.core")  # numpy 2 and numpy 1
-        if full not in self.known:
-            raise pickle.UnpicklingError(f"it wants {full}, which no data set needs")
-        return self.known[full]
+        known = self.known.get(f"{module}.{name}".replace("numpy._core", "numpy.core"))  # numpy 2 and numpy 1
+        if known is None:
+            raise pickle.UnpicklingError(f"it wants {module}.{name}, which no data set needs")
+        return known
 
 
 NO_PICKLE = {b"\x1f": "gzipped", b"P": "a zip archive", b"{": "JSON", b"[": "JSON", b"\x93": "an array of numpy"}
@@ -701,9 +700,8 @@ def read_pickle(path: Path, splits: tuple[str, str]) -> tuple[Source, dict, set[
     """A source without its clips, their {clip key: (name, entry)}, and the keys for training and for testing."""
     with errors_as(DataError, f"{path}: expected a pickle {{split, annotations}}"):
         with path.open("rb") as file:
-            kind = NO_PICKLE.get(file.peek(1)[:1])
-            if kind:
-                raise ValueError(f"it is {kind}")
+            if start := NO_PICKLE.get(file.peek(1)[:1]):
+                raise ValueError(f"it is {start}")
             content = Unpickler(file).load()
         listed, annotations = content["split"], content["annotations"]
         if not {*splits} <= listed.keys():
@@ -814,14 +812,12 @@ SOURCES = {  # the function of each, and where to look
 
 def add_flags(parser) -> None:
     """Add the flags that name a data set."""
-    folders = "its folders [datasets/NAME OF THE ARCHIVE]"
     parser.add_argument("--data", choices=SOURCES, default="synthetic", help="data set [synthetic]")
-    parser.add_argument("--root", nargs="+", type=Path, metavar="DIR", help=folders)
+    parser.add_argument("--root", nargs="+", type=Path, metavar="DIR", help="its folders [datasets/ARCHIVE]")
     parser.add_argument("--annotations", type=Path, metavar="PKL", help="pyskl: the pickle")
     parser.add_argument("--split-train", metavar="KEY", help="pyskl: the split to train on [train]")
     parser.add_argument("--split-val", metavar="KEY", help="pyskl: the split to test on [val]")
-    score = "pyskl, finegym: joints count as absent unless their score is higher [0]"
-    parser.add_argument("--min-score", type=float, default=0.0, metavar="S", help=score)
+    parser.add_argument("--min-score", type=float, default=0.0, metavar="S", help="pyskl, finegym: joints above it [0]")
 
 
 def load(options: argparse.Namespace) -> Source:
@@ -863,6 +859,7 @@ def one_clip(video: Path, keypoint: np.ndarray, score: np.ndarray | None, joint_
     keypoint (M, n, K, 2 or 3) has a row for each frame, in pixels of the frame as it is shown; the score (M, n, K) may
     be its third column. The checkpoint may know more than M persons. The label is unknown: -1.
     """
+    need("av", "av", "to read a video")
     with errors_as(UsageError, f"the joints of {video}"):
         joints, visible = as_joints(keypoint, score)
         n, persons, k = visible.shape
