@@ -1073,21 +1073,19 @@ def test_a_bad_clip_ends_a_test_with_one_line(tmp_path, workers, damage):
     assert line.startswith(f"{path}: ") and "\n" not in line and said in line
 
 
-@pytest.mark.parametrize(
-    "changes, said",
-    [
-        (dict(action="juggling"), "unknown action 'juggling'"),
-        (dict(train=0), "KeyError(0)"),
-        (dict(visibility=np.ones((8, 12))), "visibility (8, 12), expected (frames, 13)"),
-        (None, ""),
-    ],
-)
-def test_penn_action_labels_that_are_damaged(tmp_path, changes, said):
+LABELS = {
+    "unknown action 'juggling'": dict(action="juggling"),
+    "KeyError(0)": dict(train=0),
+    "visibility (8, 12), expected (frames, 13)": dict(visibility=np.ones((8, 12))),
+}
+
+
+@pytest.mark.parametrize("said", ["", *LABELS])
+def test_penn_action_labels_that_are_damaged(tmp_path, said):
     """Catches: a damaged label that ends everything, is read as if nothing were wrong, or is not named."""
-    write_penn_clip(tmp_path, 1, **changes or {})
     path = tmp_path / "labels" / "0002.mat"
-    if changes is None:
-        path.write_bytes(path.read_bytes()[:-100])
+    write_penn_clip(tmp_path, 1, **LABELS.get(said, {}))
+    path.write_bytes(path.read_bytes() if said else path.read_bytes()[:-100])
     (problem,) = data.penn_action([tmp_path]).problems
     assert problem.startswith(f"{path}: ") and problem.endswith(said)
 
@@ -1219,20 +1217,15 @@ def test_ntu_skeletons_that_are_damaged(tmp_path, said):
 NTU_TESTED = {3, 6, 7, 10, 11, 12, *range(20, 25), 26, 29, 30, 32, 33, 36, 37, *range(39, 45), 48, 51, *range(60, 70)}
 NTU_TESTED |= {71, 72, 73, 75, 76, 77, 79, 87, 88, 90, 96, 99, 101, 102, 104, 105, 106}  # of the performers 1 to 106
 
-PROTOCOLS = {
-    "xsub": lambda s, c, p: p in NTU_TESTED,
-    "xview": lambda s, c, p: c == 1,
-    "xset": lambda s, c, p: s % 2 == 1,
-}
-
 
 @pytest.mark.parametrize("protocol", data.NTU_PROTOCOLS)
 def test_ntu_protocols(protocol):
     """Catches: a performer, camera or setup on the wrong side of a split."""
     actions, trains = data.NTU_PROTOCOLS[protocol][:2]
-    assert actions == int(protocol[3:].split("-")[0])
-    for place in itertools.product(range(1, 33), (1, 2, 3), range(1, 41 if actions == 60 else 107)):
-        assert trains(*place) != PROTOCOLS[protocol.split("-")[1]](*place)
+    assert protocol.startswith(f"ntu{actions}-")
+    for s, c, p in itertools.product(range(1, 33), (1, 2, 3), range(1, 41 if actions == 60 else 107)):
+        tested = {"xsub": p in NTU_TESTED, "xview": c == 1, "xset": s % 2 == 1}[protocol.split("-")[1]]
+        assert trains(s, c, p) != tested
 
 
 # Videos
@@ -1625,14 +1618,15 @@ def test_match(tmp_path):
             data.match(source, classes, names)
 
 
-@pytest.mark.parametrize("second", [[], [f"{name} 2" for name in COCO]])
-def test_one_clip(tmp_path, second):
+@pytest.mark.parametrize("first, second", [("", None), ("", " 2"), (" 1", " 2")])
+def test_one_clip(tmp_path, first, second):
     """Catches: a video of one's own with its joints elsewhere, hidden joints shown, or sides exchanged."""
     path = write_video(tmp_path / "own.mp4", numbered(8, 60, 100))
     turn(path, 1)
     own = entry("own")
     own["keypoint_score"][0, :, 4] = 0
-    source = data.one_clip(path, own["keypoint"], own["keypoint_score"], COCO + second)
+    names = [name + person for person in (first, second) if person is not None for name in COCO]
+    source = data.one_clip(path, own["keypoint"], own["keypoint_score"], names)
     item = data.Dataset(source, "test", 8, 70, 42)[0]  # of 100 x 60
     expected = (own["keypoint"][0].astype(np.float32) + 0.5) * 0.8 - [3.5, 5.5]
     assert np.allclose(item["joints"][:, :17], expected, atol=0.01) and item["name"] == "own"
@@ -1640,21 +1634,21 @@ def test_one_clip(tmp_path, second):
     assert np.array_equal(item["visible"][:, :17], inside) and not item["visible"][:, 17:].any()
 
 
-@pytest.mark.parametrize(
-    "keypoint, names, said",
-    [
-        (entry("", persons=2)["keypoint"], COCO, "2 persons with 17 joints; the checkpoint knows nose, "),
-        (entry("")["keypoint"][:, :, :2], COCO, "1 persons with 2 joints"),
-        (entry("")["keypoint"][0], COCO, r"keypoint is \(8, 17, 2\), expected"),
-        (entry("")["keypoint"] / 60, COCO, "within 0..1, expected pixels"),
-        (entry("", n=9)["keypoint"], COCO, "joints of 9 frames, but 8 frames"),
-    ],
-)
-def test_one_clip_that_does_not_fit(tmp_path, keypoint, names, said):
-    """Catches: persons, joints, units or rows that are not those of the checkpoint and the video, taken as they are."""
+ONE_CLIP = {
+    "2 persons with 17 joints; the checkpoint knows nose, ": dict(persons=2),
+    "1 persons with 2 joints": dict(keypoint=np.full((1, 8, 2, 2), 9.0)),
+    r"keypoint is \(8, 17, 2\), expected": dict(keypoint=np.ones((8, 17, 2))),
+    "joints of 9 frames, but 8 frames": dict(n=9),
+}
+
+
+@pytest.mark.parametrize("said", ONE_CLIP)
+def test_one_clip_that_does_not_fit(tmp_path, said):
+    """Catches: persons, joints or rows that are not those of the checkpoint and the video, taken as they are."""
     path = write_video(tmp_path / "own.mp4", numbered(8, 60, 100))
     with pytest.raises((data.UsageError, data.BadClip), match=f"own.mp4: .*{said}"):
-        data.Dataset(data.one_clip(path, keypoint, None, names), "test", 4, 24, 24)[0]
+        source = data.one_clip(path, entry("own", **ONE_CLIP[said])["keypoint"], None, COCO)
+        data.Dataset(source, "test", 4, 24, 24)[0]
 
 
 @pytest.mark.parametrize("protocol", [0, 2, 5])
