@@ -32,7 +32,6 @@ import argparse
 import functools
 import importlib
 import inspect
-import math
 import os
 import pickle
 import re
@@ -175,13 +174,6 @@ def rescale(joints: np.ndarray, old: Size, new: Size) -> np.ndarray:
     return (joints + 0.5) * np.float32([new[1] / old[1], new[0] / old[0]]) - 0.5
 
 
-def mirror(video: np.ndarray, joints: np.ndarray, visible: np.ndarray, partner: np.ndarray):
-    """A clip as a mirror shows it: x becomes W - 1 - x, and each joint trades places with its `partner` (R,)."""
-    joints, visible = joints[:, partner], visible[:, partner]
-    joints[..., 0] = video.shape[2] - 1 - joints[..., 0]
-    return video[:, :, ::-1], joints, visible
-
-
 class Dataset(torch.utils.data.Dataset):
     """The clips of one split, as items of the form above, by number or by (epoch, number).
 
@@ -228,8 +220,9 @@ class Dataset(torch.utils.data.Dataset):
         size, crop = place_crop(clip.size, self.crop, augment)
         video, joints, visible = read_clip(self.source, clip, lambda n: (place * n / T).astype(int), size, crop)
         joints = rescale(joints, clip.size, size) - np.float32([crop[1].start, crop[0].start])
-        if self.train and rng.random() < 0.5:
-            video, joints, visible = mirror(video, joints, visible, self.partner)
+        if self.train and rng.random() < 0.5:  # as a mirror shows it: joints trade places with their partners
+            video, joints, visible = video[:, :, ::-1], joints[:, self.partner], visible[:, self.partner]
+            joints[..., 0] = self.crop[1] - 1 - joints[..., 0]
         inside = (joints >= -0.5) & (joints < np.float32(self.crop[::-1]) - 0.5)  # false for NaN
         if self.hide == "video":
             video = np.full_like(video, 128)
@@ -443,7 +436,7 @@ def find_files(roots: list[Path], endings: tuple[str, ...]) -> dict[str, list[Pa
                 folders.clear()
                 continue
             visited.add(real)
-            folders.sort()
+            folders.sort(key=lambda name: (os.path.islink(os.path.join(folder, name)), name))  # links last
             for path in (Path(folder, file) for file in sorted(files) if file.lower().endswith(endings)):
                 for key in {clip_key(path.stem), clip_key(str(path.relative_to(root).with_suffix("")))}:
                     found[key].append(path)
@@ -483,17 +476,15 @@ def read_video(path: Path, frames: np.ndarray, size: Size, crop: Crop) -> Frames
     """
     from av.video.reformatter import VideoReformatter
 
-    (top, bottom), (left, right) = ((edge.start, edge.stop) for edge in crop)
-    video = np.empty((len(frames), bottom - top, right - left, 3), np.uint8)
+    video = np.empty((len(frames), *(edge.stop - edge.start for edge in crop), 3), np.uint8)
     wanted, n, shown = set(frames.tolist()), 0, None
     scaler = VideoReformatter()  # one for all frames: setting it up costs more than scaling
     with errors_as(BadClip, path):
         for n, picture in enumerate((each for packet in packets(path) for each in packet.decode()), start=1):
             if n - 1 in wanted:
                 turns = round(picture.rotation / 90)  # to the left: a phone may store an upright video on its side
-                turn = slice(None, None, -1 if turns % 2 else 1)
-                height, width = size[turn]
-                shown = (picture.height, picture.width)[turn]
+                height, width = size[:: -1 if turns % 2 else 1]
+                shown = (picture.height, picture.width)[:: -1 if turns % 2 else 1]
                 picture = scaler.reformat(picture, width, height, "rgb24", interpolation="BILINEAR")
                 video[frames == n - 1] = np.rot90(picture.to_ndarray(), turns)[crop]
         if not n:
@@ -551,7 +542,7 @@ def ntu(roots: list[Path], protocol: str) -> Source:
             file=sys.stderr,
         )
     names = [f"{joint} {person}" for person in (1, 2) for joint in NTU_JOINTS]
-    pairs = [(a + p, b + p) for p in (0, 25) for a, b in NTU_PAIRS]
+    pairs = NTU_PAIRS + [(a + 25, b + 25) for a, b in NTU_PAIRS]
     source = Source([f"A{a:03d}" for a in range(1, actions + 1)], names, pairs, read_video, ntu_annotate, video_length)
     source.squeezed = True  # many re-encode the videos to 340 x 256
     for name in sorted(skeletons.keys() | videos.keys()):
@@ -654,38 +645,48 @@ COCO_JOINTS = [
 COCO_PAIRS = [(i, i + 1) for i in range(1, 17, 2)]
 
 
-def from_buffer(content, kind: np.dtype, shape, order: str, axes=None) -> np.ndarray:
-    """As numpy's `_frombuffer`; numpy 2.4 writes a transposed array with the order of its axes."""
-    array = np.frombuffer(content, kind).reshape(shape, order="C" if axes else order)
-    return array.transpose(axes) if axes else array
+class Kind:
+    """Stands for numpy.dtype: in a damaged pickle, numpy's own can claim to hold objects, and crash."""
+
+    def __init__(self, code: str, *_):
+        self.code = code
+
+    def __setstate__(self, state):
+        self.code = state[1] + self.code  # the order of its bytes
+
+
+def build_array(content, kind: Kind, shape, order: str, axes=None) -> np.ndarray:
+    """An array from its bytes or its list of objects, as numpy's `_frombuffer`; ValueError if their count is wrong."""
+    if "O" in kind.code:
+        return np.fromiter(content, object).reshape(shape)  # numpy writes these row by row, whatever their order
+    array = np.frombuffer(content, kind.code).reshape(shape, order="C" if axes else order)
+    return array.transpose(axes) if axes else array  # numpy 2.4 writes a transposed array with the order of its axes
 
 
 class Array(np.ndarray):
     """Stands for numpy.ndarray: numpy's own `__setstate__` crashes on a list of objects that is too short."""
 
     def __setstate__(self, state):
-        _, shape, kind, _, content = state
-        if kind.hasobject and (kind.kind != "O" or len(content) != math.prod(shape)):
-            raise ValueError("an array of objects is damaged")
-        super().__setstate__(state)
+        _, shape, kind, fortran, content = state
+        super().__setstate__(build_array(content, kind, shape, "F" if fortran else "C").__reduce__()[2])
 
 
 class Unpickler(pickle.Unpickler):
     """Reads plain containers, numbers, strings and numpy arrays, and refuses all else: a pickle can run any code."""
 
+    plain = {"collections.OrderedDict", "collections.defaultdict", "_codecs.encode"}  # protocol 2 encodes bytes
+    plain |= {f"{module}.{kind}" for module in ("__builtin__", "builtins") for kind in ("bytes", "list", "set")}
     known = {
         "numpy.ndarray": Array,
-        "numpy.dtype": np.dtype,
+        "numpy.dtype": Kind,
         "numpy.core.multiarray._reconstruct": lambda *_: Array(0),
-        "numpy.core.multiarray.scalar": lambda kind, content: np.frombuffer(content, kind)[0],
-        "numpy.core.numeric._frombuffer": from_buffer,
-        "collections.OrderedDict": dict,
-        "collections.defaultdict": lambda *_: {},
-        "_codecs.encode": lambda text, _: text.encode("latin1"),  # how protocol 2 writes bytes
-        **{f"{module}.{kind.__name__}": kind for module in ("__builtin__", "builtins") for kind in (bytes, list, set)},
+        "numpy.core.multiarray.scalar": lambda kind, content: build_array(content, kind, (), "C")[()],
+        "numpy.core.numeric._frombuffer": build_array,
     }
 
     def find_class(self, module: str, name: str):
+        if f"{module}.{name}" in self.plain:
+            return super().find_class(module, name)
         known = self.known.get(f"{module}.{name}".replace("numpy._core", "numpy.core"))  # numpy 2 and numpy 1
         if known is None:
             raise pickle.UnpicklingError(f"it wants {module}.{name}, which no data set needs")
@@ -699,15 +700,12 @@ def read_pickle(path: Path, splits: tuple[str, str]) -> tuple[Source, dict, set[
     """A source without its clips, their {clip key: (name, entry)}, and the keys for training and for testing."""
     with errors_as(DataError, f"{path}: expected a pickle {{split, annotations}}"):
         with path.open("rb") as file:
-            kind = NO_PICKLE.get(file.peek(1)[:1])
-            if kind:
-                raise ValueError(f"it is {kind}")
+            if start := NO_PICKLE.get(file.peek(1)[:1]):
+                raise ValueError(f"it is {start}")
             content = Unpickler(file).load()
         listed, annotations = content["split"], content["annotations"]
         if not {*splits} <= listed.keys():
             raise ValueError(f"it has no {' or '.join(splits)}; its splits are {[*listed]}")
-        if any(isinstance(listed[split], str) for split in splits):
-            raise ValueError("a split is a list of names, not one name")
         train, test = ({clip_key(name) for name in listed[split]} for split in splits)
         names = [entry.get("filename") or entry["frame_dir"] for entry in annotations]
         entries = {clip_key(name): (name, entry) for name, entry in zip(names, annotations)}
@@ -715,14 +713,13 @@ def read_pickle(path: Path, splits: tuple[str, str]) -> tuple[Source, dict, set[
             raise ValueError("two of its entries have one name")
         if train & test:
             raise ValueError(f"clips are for training and test alike, such as {min(train & test)}")
-        if ("joint_names" in content) != ("flip_pairs" in content):
-            raise ValueError("joint_names and flip_pairs belong together")
-        joints, pairs = [*content.get("joint_names", COCO_JOINTS)], [*content.get("flip_pairs", COCO_PAIRS)]
-        classes, numbers = [*content.get("label_names", [])], [joint for a, b in pairs for joint in (a, b)]
+        own = "joint_names" in content
+        joints, pairs = (content["joint_names"], content["flip_pairs"]) if own else (COCO_JOINTS, COCO_PAIRS)
+        classes, numbers = content.get("label_names", []), [joint for pair in pairs for joint in pair]
         for each in (joints, classes, numbers):
             if len({*each}) < len(each) or not {*numbers} <= {*range(len(joints))}:
                 raise ValueError(f"one of joint_names, label_names, flip_pairs is there twice or unknown: {each}")
-    return Source(classes, joints, pairs, read_video, length=video_length, spread=True), entries, train, test
+    return Source([*classes], [*joints], [*pairs], read_video, length=video_length, spread=True), entries, train, test
 
 
 def pyskl(roots: list[Path], annotations: Path, split_train="train", split_val="val", min_score=0.0) -> Source:
@@ -733,10 +730,8 @@ def pyskl(roots: list[Path], annotations: Path, split_train="train", split_val="
     need("av", "av", "to read the videos of this data set")
     source, entries, train, test = read_pickle(annotations, (split_train, split_val))
     videos = find_files(roots, VIDEOS)
-    if not videos:
-        raise DataError(f"no videos in {', '.join(map(str, roots))}: looked for NAME.mp4 as named in {annotations}")
     k, persons, labels = len(source.joint_names), 1, 0
-    for key in [key for key in entries if key in train | test]:
+    for key in [key for key in entries if key in train or key in test]:
         name, entry = entries[key]
         try:
             clip = pyskl_clip(name, entry, k, len(source.classes) or 10_000, min_score)
@@ -754,7 +749,8 @@ def pyskl(roots: list[Path], annotations: Path, split_train="train", split_val="
         source.clips["train" if key in train else "test"].append(clip)
     source.missing += [f"{key} has no annotation in {annotations}" for key in sorted((train | test) - entries.keys())]
     if not any(source.clips.values()):
-        raise DataError(f"{annotations}: no clip of it can be used: {[*source.problems, *source.missing, 'none'][0]}")
+        why = [*source.problems, *source.missing, "it names none"][0]
+        raise DataError(f"{annotations}: no clip of it can be used with {', '.join(map(str, roots))}: {why}")
     source.classes = source.classes or [str(label) for label in range(labels)]
     source.joint_names += [f"{name} {p + 1}" for p in range(1, persons) for name in source.joint_names]
     source.flip_pairs += [(a + k * p, b + k * p) for p in range(1, persons) for a, b in source.flip_pairs]
@@ -816,14 +812,12 @@ SOURCES = {  # the function of each, and where to look
 
 def add_flags(parser) -> None:
     """Add the flags that name a data set."""
-    folders = "its folders [datasets/NAME OF THE ARCHIVE]"
     parser.add_argument("--data", choices=SOURCES, default="synthetic", help="data set [synthetic]")
-    parser.add_argument("--root", nargs="+", type=Path, metavar="DIR", help=folders)
+    parser.add_argument("--root", nargs="+", type=Path, metavar="DIR", help="its folders [datasets/ARCHIVE]")
     parser.add_argument("--annotations", type=Path, metavar="PKL", help="pyskl: the pickle")
     parser.add_argument("--split-train", metavar="KEY", help="pyskl: the split to train on [train]")
     parser.add_argument("--split-val", metavar="KEY", help="pyskl: the split to test on [val]")
-    score = "pyskl, finegym: joints count as absent unless their score is higher [0]"
-    parser.add_argument("--min-score", type=float, default=0.0, metavar="S", help=score)
+    parser.add_argument("--min-score", type=float, default=0.0, metavar="S", help="pyskl, finegym: joints above it [0]")
 
 
 def load(options: argparse.Namespace) -> Source:
@@ -865,6 +859,7 @@ def one_clip(video: Path, keypoint: np.ndarray, score: np.ndarray | None, joint_
     keypoint (M, n, K, 2 or 3) has a row for each frame, in pixels of the frame as it is shown; the score (M, n, K) may
     be its third column. The checkpoint may know more than M persons. The label is unknown: -1.
     """
+    need("av", "av", "to read a video")
     with errors_as(UsageError, f"the joints of {video}"):
         joints, visible = as_joints(keypoint, score)
         n, persons, k = visible.shape
