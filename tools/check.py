@@ -55,7 +55,7 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--workers", type=int, default=2, metavar="N", help="processes that read frames [2]")
     options = parser.parse_args(words)
     if options.workers < 0:
-        parser.error("--workers must be 0 or more")
+        raise data.UsageError("--workers must be 0 or more")
     return check(data.load(options), options.workers)
 
 
