@@ -232,7 +232,8 @@ def test_figures_of_the_benchmark(monkeypatch, capsys):
     monkeypatch.setattr(bench, "take_turns", lambda *_: measured)
     monkeypatch.setattr(bench, "operations", lambda s, clips, _: {"all": 5e9})
     monkeypatch.setattr(bench, "step_memory", lambda v, clips, _: (1.5 + (3 - v.checkpoints) * clips) * 2**30)
-    options, (_, s) = bench.parse_args("--amp off --batch 2 --matrix 1000 --preset tiny --joints 13 50".split())
+    flags = "--amp off --batch 2 --matrix 1000 --preset tiny --joints 13 50"
+    options, (_, s) = bench.parse_args(flags.split())
     assert (s.joints, s.frames) == (50, 6)
     bench.plain(s, options)
     bench.memory(s, options)
@@ -357,6 +358,8 @@ def test_check_counts_what_is_there(workers, monkeypatch):
     assert lines[6:] == ["M has no video", "P: broken", "bad: frames [0, 1]", "1 left out, 2 problems"]
     source.problems, source.clips["test"] = [], []
     assert check.check(source, workers) == 0
+    source.clips["train"] = []
+    assert check.check(source, workers) == 1
 
 
 REFUSED = [  # tool, words, what the error names
