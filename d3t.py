@@ -12,7 +12,7 @@ Every component of *Cross-Modal Learning with 3D Deformable Attention for Action
     R     joints of all persons         X     [Z | M_RGB | M_CLS], the queries    (B, T*(h*w + 2), D)
     L     transformer blocks            X_    X~ = [Z~ | M_RGB | M_CLS], keys and values
     k     kernel of 3DTS, the 3D token search; T~ = T - k + 1, h~ and w~ likewise
-    p     the reference points of 3DTS, in tokens, ordered t, h, w; it reads Z at p + delta p
+    p     the reference points of 3DTS, in tokens (t, h, w); 3DTS reads Z at p + delta p
     M'    M'_CLS, the CLS token between 3D deformable attention and the fusion
 
 Between the modules, Z, P and M have the layout (B, T, N, D), N tokens in each frame. n counts stride windows.
@@ -31,8 +31,8 @@ decision the reason and the alternative.
     (k - 1)/2 tokens; on an axis shorter than k, k is the length of the axis
   - offsets: tanh(.) * (k - 1)/2 tokens, so a point stays inside the window its offset was computed from
   - MSA ends in a linear layer; an FFN is 4D wide inside; no dropout
-  - stride attentions: also the block of Eq. (6) and (7); "cross attention" is read as attention across modalities:
-    all tokens of a window attend to all tokens of the same window
+  - stride attentions: they have the block of Eq. (6) and (7), too; "cross attention" is read as attention across
+    modalities: all tokens of a window attend to all tokens of the same window
   - windows: of one size and one stride; the last one is moved back to end with the series; a token in several windows
     becomes the mean of its copies; joints are in one series, person after person, so a window may straddle persons
   - blocks: Z, P and M pass from block to block, each block has its own weights; in the last block only the modal
@@ -42,6 +42,7 @@ decision the reason and the alternative.
     deformable attention alone, never looks at the joints, so M_pose is the same for every clip
   - Table 5: a single token takes all three roles; without modal tokens the head gets the mean RGB token and the mean
     pose token, concatenated
+  - mixed precision: autocast; the points of 3DTS, the heat maps and the sum of Eq. (1) stay in float32
   - initial weights: see `D3T.initialize_weights`
 """
 
@@ -74,9 +75,7 @@ class ResidualBlock(nn.Module):
         super().__init__()
         # With this width, conv1 has as many weights as a 3 x 3 x 3 convolution that is not factored.
         middle = inputs * outputs * 27 // (inputs * 9 + outputs * 3)
-        self.conv1 = nn.Sequential(
-            conv2plus1d(inputs, middle, outputs, stride), nn.BatchNorm3d(outputs), nn.ReLU(inplace=True)
-        )
+        self.conv1 = nn.Sequential(conv2plus1d(inputs, middle, outputs, stride), nn.BatchNorm3d(outputs))
         self.conv2 = nn.Sequential(conv2plus1d(outputs, middle, outputs), nn.BatchNorm3d(outputs))
         self.downsample = nn.Identity()
         if stride != 1 or inputs != outputs:
@@ -85,7 +84,7 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         shortcut = self.downsample(x)
-        return F.relu(self.conv2(self.conv1(x)) + shortcut)
+        return F.relu(self.conv2(F.relu(self.conv1(x), inplace=True)) + shortcut)
 
 
 class Trunk(nn.Module):
@@ -127,8 +126,7 @@ def joint_heatmaps(joints: Tensor, visible: Tensor, size: tuple[int, int], strid
     joints = torch.where(present[..., None], joints, 0.0)  # NaN times zero would be NaN
     # A convolution with odd kernel k and padding (k - 1)/2 centres its cell i on pixel i * stride.
     x, y = (joints / stride).unbind(-1)
-    j = torch.arange(size[0], device=joints.device)
-    i = torch.arange(size[1], device=joints.device)
+    j, i = (torch.arange(cells, device=joints.device) for cells in size)
     row = torch.exp(-((i - x[..., None]) ** 2) / (2 * sigma**2))  # (B, T, R, width)
     column = torch.exp(-((j - y[..., None]) ** 2) / (2 * sigma**2))  # (B, T, R, height)
     column = column * present[..., None]
@@ -147,12 +145,12 @@ def joint_tokens(F_a: Tensor, joints: Tensor, visible: Tensor, sigma: float) -> 
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# The attention block (Eq. 6, 7), which each of the three attention modules has
+# 3D deformable attention (Sec. 3.2, Fig. 2b, Fig. 3)
 # --------------------------------------------------------------------------------------------------------------------
 
 
 class AttentionBlock(nn.Module):
-    """MSA of Eq. (6) and FFN of Eq. (7): queries X (B, Q, D), keys and values X~ (B, S, D) -> (B, Q, D)."""
+    """Eq. (6) and (7), in all three attentions: queries X (B, Q, D), keys and values X~ (B, S, D) -> (B, Q, D)."""
 
     def __init__(self, D: int, heads: int):
         super().__init__()
@@ -176,11 +174,6 @@ class AttentionBlock(nn.Module):
     def forward(self, X: Tensor, X_: Tensor) -> Tensor:
         X = X + self.msa(X, X_)  # Eq. (6)
         return X + self.ffn(self.norm(X))  # Eq. (7)
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# 3D deformable attention (Sec. 3.2, Fig. 2b, Fig. 3)
-# --------------------------------------------------------------------------------------------------------------------
 
 
 def reference_points(grid: tuple[int, int, int], kernel: tuple[int, int, int]) -> Tensor:
@@ -288,14 +281,13 @@ class JointStrideAttention(nn.Module):
         self.register_buffer("index", window_index(joints, window, stride), persistent=False)  # (n, window)
 
     def forward(self, P: Tensor, M: Tensor) -> tuple[Tensor, Tensor]:
-        R = P.shape[2]
         n, window = self.index.shape
         windows = take_windows(P, self.index, dim=2)  # (B, n, T, window, D)
         windows = torch.cat([windows, M[:, None].expand(-1, n, -1, -1, -1)], dim=3)  # (B, n, T, window + 2, D)
         tokens = windows.flatten(2, 3).flatten(0, 1)  # (B*n, T*(window + 2), D)
         windows = self.attention(tokens, tokens).view(windows.shape)
         joints, modal = windows.split([window, M.shape[2]], dim=3)
-        return mean_of_windows(joints, self.index, dim=2, length=R), modal.mean(1)
+        return mean_of_windows(joints, self.index, dim=2, length=P.shape[2]), modal.mean(1)
 
 
 class TemporalStrideAttention(nn.Module):
@@ -323,23 +315,19 @@ class TemporalStrideAttention(nn.Module):
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def setting(default, text: str):
-    return field(default=default, metadata={"help": text})
+def setting(default, text: str, zero: bool = False):
+    """A field of a dataclass with its line of help. A number has to be positive; with `zero` it may also be 0."""
+    return field(default=default, metadata={"help": text, "zero": zero})
 
 
-def check_types(settings):
-    """Raise TypeError for a field of the wrong type; an int may stand for a float."""
+def check_fields(settings):
+    """TypeError for a field of the wrong type (an int may stand for a float), ValueError for a number out of range."""
     for f in fields(settings):
-        value = getattr(settings, f.name)
+        value, zero = getattr(settings, f.name), f.metadata["zero"]
         if type(value) is not f.type and (type(value), f.type) != (int, float):
             raise TypeError(f"{f.name} must be {f.type.__name__}, not {value!r}")
-
-
-def check_windows(name: str, window: int, stride: int, total: str, length: int):
-    if window > length:
-        raise ValueError(f"{name} = {window} is larger than {total} = {length}")
-    if stride > window:
-        raise ValueError(f"{name} = {window} is smaller than its stride = {stride}, which leaves gaps")
+        if f.type in (int, float) and not (0 <= value < 2**63 and (value > 0 or zero)):  # NaN fails this, too
+            raise ValueError(f"{f.name} must be {'0 or more' if zero else 'positive'} and below 2^63, not {value}")
 
 
 @dataclass(frozen=True)
@@ -361,17 +349,14 @@ class Settings:
     joint_stride: int = setting(4, "joints from one window to the next (open)")
     temporal_window: int = setting(4, "frames in a window of temporal stride attention (open)")
     temporal_stride: int = setting(2, "frames from one window to the next, about half a window (Fig. 7a)")
-    modal_tokens: int = setting(3, "modal tokens of a frame: 3 cross-modal, 1 single, 0 none (Table 5)")
+    modal_tokens: int = setting(3, "modal tokens of a frame: 3 cross-modal, 1 single, 0 none (Table 5)", zero=True)
     deformable_attention: bool = setting(True, "with 3D deformable attention (Table 4)")
     joint_attention: bool = setting(True, "with local joint stride attention (Table 4)")
     temporal_attention: bool = setting(True, "with temporal stride attention (Table 4)")
     pose_embedding: bool = setting(False, "add a learnable (T, R) embedding to the pose tokens (open)")
 
     def __post_init__(self):
-        check_types(self)
-        for name, value in vars(self).items():
-            if not isinstance(value, bool) and name != "modal_tokens" and not value > 0:  # nor NaN
-                raise ValueError(f"{name} must be positive, not {value}")
+        check_fields(self)
         if 4 * self.channels % self.heads:
             raise ValueError(f"D = 4 * channels = {4 * self.channels} does not divide by heads = {self.heads}")
         if self.kernel < 2:
@@ -380,10 +365,10 @@ class Settings:
             raise ValueError(f"modal_tokens must be 3, 1 or 0 (Table 5), not {self.modal_tokens}")
         if not (self.deformable_attention or self.temporal_attention):
             raise ValueError("without deformable_attention and temporal_attention no attention sees the RGB tokens")
-        if self.joint_attention:
-            check_windows("joint_window", self.joint_window, self.joint_stride, "joints", self.joints)
-        if self.temporal_attention:
-            check_windows("temporal_window", self.temporal_window, self.temporal_stride, "frames", self.frames)
+        for kind, total in (("joint", "joints"), ("temporal", "frames")):
+            low, window, high = (getattr(self, name) for name in (f"{kind}_stride", f"{kind}_window", total))
+            if getattr(self, f"{kind}_attention") and not low <= window <= high:  # a larger stride would leave gaps
+                raise ValueError(f"{kind}_window = {window} must be between {kind}_stride = {low} and {total} = {high}")
 
     @property
     def grid(self) -> tuple[int, int, int]:
@@ -438,7 +423,7 @@ class D3T(nn.Module):
     joints   (B, T, R, 2) float, x then y, in pixels of the video
     visible  (B, T, R) bool; the coordinates of a joint that is not visible have no effect
     returns  logits (B, classes)
-    raises   ValueError for a shape that differs from the settings, or a wrong dtype
+    raises   TypeError for what is not a tensor, ValueError for a wrong dtype or a shape that differs from the settings
     """
 
     def __init__(self, settings: Settings):
@@ -517,12 +502,15 @@ class D3T(nn.Module):
         return self.head(torch.cat([Z.mean((1, 2)), P.mean((1, 2))], dim=-1))  # Table 5, "No tokens"
 
     def check(self, video: Tensor, joints: Tensor, visible: Tensor):
-        s, B = self.settings, video.shape[0]
-        for name, tensor, expected in (
-            ("video", video, (B, 3, s.frames, s.height, s.width)),
-            ("joints", joints, (B, s.frames, s.joints, 2)),
-            ("visible", visible, (B, s.frames, s.joints)),
+        s = self.settings
+        for name, tensor, clip in (
+            ("video", video, (3, s.frames, s.height, s.width)),
+            ("joints", joints, (s.frames, s.joints, 2)),
+            ("visible", visible, (s.frames, s.joints)),
         ):
+            if not isinstance(tensor, Tensor):
+                raise TypeError(f"{name} must be a torch tensor, not {type(tensor).__name__}")
+            expected = (*video.shape[:1], *clip)
             if tuple(tensor.shape) != expected:
                 raise ValueError(f"{name} has shape {tuple(tensor.shape)}, the settings ask for {expected}")
         if video.dtype not in (torch.uint8, self.mean.dtype) and not torch.is_autocast_enabled(video.device.type):

@@ -10,8 +10,9 @@
     bad      list of (str, str)      name and "FILE: reason" of the clips that this one replaces (training only)
 
 A source is a function that takes folders and returns a `Source`: its clips with their joints, and how to read a crop of
-frames by number. To add a data set, write that function and enter it in `SOURCES` at the end of this file, by the name
-that `--data` shall take. This one reads ROOT/CLASS/NAME.mp4 with ROOT/CLASS/NAME.npy, joints (frames, 2, 2):
+frames by number. Joints and pictures are compared: a length that differs by more than a tenth, or a frame of another
+shape, is a bad clip. To add a data set, write that function and enter it in `SOURCES` at the end of this file, by the
+name that `--data` shall take. This one reads ROOT/CLASS/NAME.mp4 with ROOT/CLASS/NAME.npy, joints (frames, 2, 2):
 
     def two_hands(roots):
         source = Source(["clap", "wave"], ["left hand", "right hand"], [(0, 1)], read_video)
@@ -30,21 +31,26 @@ that `--data` shall take. This one reads ROOT/CLASS/NAME.mp4 with ROOT/CLASS/NAM
 import argparse
 import functools
 import importlib
+import inspect
+import math
 import os
 import pickle
 import re
 import sys
+import unicodedata
 from collections import defaultdict
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 RESIZE = 8 / 7  # frames are scaled so that the crop takes 7/8 of the shorter side, as 224 of 256
+LENGTHS_DIFFER = 0.1  # of the rows of joints: a video that is longer or shorter by more is another one
+SHAPES_DIFFER = 0.02  # of the side ratio that the joints refer to: more is no rounding of an encoder
 
 
 class UsageError(Exception):
@@ -70,10 +76,19 @@ Crop = tuple[slice, slice]  # rows and columns
 class Clip:
     name: str
     label: int
-    joints: np.ndarray | None  # (n, R, 2) float32, x then y, in pixels of the full frame, first pixel centre (0, 0)
-    visible: np.ndarray | None  # (n, R) bool; None until the source's `annotate` has read the joints
+    # (n, R, 2) float32, x then y, in pixels of the full frame, first pixel centre (0, 0); joints after the R are absent
+    joints: np.ndarray | None
+    visible: np.ndarray | None  # (n, R) bool; both are None until the source's `annotate` has read the joints
     size: Size  # of the frames that the joints refer to
     media: Any  # what the source's `read` needs to find the frames
+
+
+class Frames(NamedTuple):
+    """What the `read` of a source returns. What it says about the whole file is compared with the clip."""
+
+    video: np.ndarray  # uint8 (T, H, W, 3), of the frames that are there
+    count: int | None = None  # of all frames; None: as many as there are rows of joints
+    size: Size | None = None  # of a whole frame as it is shown; None: that of the clip
 
 
 @dataclass
@@ -81,10 +96,14 @@ class Source:
     classes: list[str]
     joint_names: list[str]
     flip_pairs: list[tuple[int, int]]  # joints that trade places in a mirror
-    # read(media, numbers of frames, size to scale them to, crop of the scaled frame) -> uint8 (T, H, W, 3)
-    read: Callable[[Any, np.ndarray, Size, Crop], np.ndarray]
+    # read(media, numbers of frames, size to scale them to, crop of the scaled frame) -> Frames
+    read: Callable[[Any, np.ndarray, Size, Crop], Frames]
     # annotate(clip) -> a copy with its joints, one row for each frame; the default is for clips that have them
     annotate: Callable[[Clip], Clip] = replace
+    # length(media) -> a first guess of the frames; without it, as many as there are rows of joints
+    length: Callable[[Any], int] | None = None
+    spread: bool = False  # the rows of joints are spread over the frames; otherwise the longer of both is cut
+    squeezed: bool = False  # frames may have another shape than those that the joints refer to
     clips: dict[str, list[Clip]] = field(default_factory=lambda: {"train": [], "test": []})
     problems: list[str] = field(default_factory=list)  # "FILE: reason" of what the source could not index
     missing: list[str] = field(default_factory=list)  # clips that lack their video or their joints, and are left out
@@ -113,23 +132,33 @@ def errors_as(kind: type[Exception], what: str):
         raise kind(f"{what}: {reason(error)}") from None
 
 
-def frame_size(sides) -> Size:
-    """Height and width as integers; ValueError for anything else."""
-    size = tuple(map(int, sides))
-    if len(size) != 2 or min(size) < 1:
-        raise ValueError(f"a frame has a height and a width, not {sides}")
-    return size
-
-
 # --------------------------------------------------------------------------------------------------------------------
 # Dataset: which frames, which crop, the joints in it
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def sample_frames(n: int, T: int, rng: np.random.Generator | None) -> np.ndarray:
-    """One frame of each of T equal segments of n frames (some twice if n < T): a random one, or the middle one."""
-    within = rng.random(T) if rng else 0.5
-    return ((np.arange(T) + within) * n / T).astype(int)
+def read_clip(source: Source, clip: Clip, choose: Callable[[int], np.ndarray], size: Size, crop: Crop):
+    """Video (T, H, W, 3), joints (T, R, 2) and visible (T, R) of the frames `choose(n)` of a clip of n frames.
+
+    How many frames a file has is known when it was read: if the guess was wrong, they are chosen and read once more.
+    """
+    rows = len(clip.joints)
+    n = source.length(clip.media) if source.length else rows
+    while True:
+        row = np.linspace(0, rows - 1, n).round().astype(int) if source.spread else np.arange(min(n, rows))
+        frames = choose(len(row))
+        video, count, shown = source.read(clip.media, frames, size, crop)
+        if count in (n, None):
+            break
+        n = count
+    if not source.spread and abs(n - rows) > LENGTHS_DIFFER * rows:
+        raise BadClip(f"{clip.media}: {clip.name} has joints of {rows} frames, but {n} frames are in the video")
+    if shown and not source.squeezed and abs(shown[0] * clip.size[1] / (shown[1] * clip.size[0]) - 1) > SHAPES_DIFFER:
+        sides = "the joints of {} refer to frames of {} x {}, but the video has {} x {} (height x width)"
+        raise BadClip(f"{clip.media}: " + sides.format(clip.name, *clip.size, *shown))
+    absent = (0, len(source.joint_names) - clip.joints.shape[1])  # persons that others have
+    joints = np.pad(clip.joints[row[frames]], ((0, 0), absent, (0, 0)))
+    return video, joints, np.pad(clip.visible[row[frames]], ((0, 0), absent))
 
 
 def place_crop(size: Size, crop: Size, rng: np.random.Generator | None) -> tuple[Size, Crop]:
@@ -192,13 +221,13 @@ class Dataset(torch.utils.data.Dataset):
 
     def load(self, clip: Clip, rng: np.random.Generator) -> dict:
         """The item of one clip, without `bad`; `rng` is used in training only."""
-        augment = rng if self.train else None
+        augment, T = rng if self.train else None, self.frames
         clip = self.source.annotate(clip)
-        frames = sample_frames(len(clip.joints), self.frames, augment)
+        # One frame of each of T equal segments of n frames (some twice if n < T): a random one, or the middle one.
+        place = np.arange(T) + (rng.random(T) if self.train else 0.5)
         size, crop = place_crop(clip.size, self.crop, augment)
-        video = self.source.read(clip.media, frames, size, crop)  # (T, H, W, 3)
-        corner = np.float32([crop[1].start, crop[0].start])
-        joints, visible = rescale(clip.joints[frames], clip.size, size) - corner, clip.visible[frames]
+        video, joints, visible = read_clip(self.source, clip, lambda n: (place * n / T).astype(int), size, crop)
+        joints = rescale(joints, clip.size, size) - np.float32([crop[1].start, crop[0].start])
         if self.train and rng.random() < 0.5:
             video, joints, visible = mirror(video, joints, visible, self.partner)
         inside = (joints >= -0.5) & (joints < np.float32(self.crop[::-1]) - 0.5)  # false for NaN
@@ -293,7 +322,7 @@ def synthetic(train: int = 2048, test: int = 512, seed: int = 0) -> Source:
     return source
 
 
-def draw(media: tuple, frames: np.ndarray, size: Size, crop: Crop) -> np.ndarray:
+def draw(media: tuple, frames: np.ndarray, size: Size, crop: Crop) -> Frames:
     """Frames of a synthetic clip: a figure covers the pixels near its limbs, the wall behind is smooth and drifts."""
     figures, colours, wall, drift = media
     y, x = np.mgrid[: size[0], : size[1]].astype(np.float32)
@@ -315,7 +344,7 @@ def draw(media: tuple, frames: np.ndarray, size: Size, crop: Crop) -> np.ndarray
         head = np.sqrt((x - points[:, 0, 0]) ** 2 + (y - points[:, 0, 1]) ** 2) - 2.2 * scale
         cover = (1.1 * scale + 0.5 - np.minimum(limb, head)).clip(0, 1)[..., None]
         video += (np.float32(colour) - video) * cover
-    return video[:, crop[0], crop[1]].round().astype(np.uint8)
+    return Frames(video[:, crop[0], crop[1]].round().astype(np.uint8))
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -326,34 +355,29 @@ PENN_ACTIONS = [
     "baseball_pitch", "baseball_swing", "bench_press", "bowl", "clean_and_jerk", "golf_swing", "jump_rope",
     "jumping_jacks", "pullup", "pushup", "situp", "squat", "strum_guitar", "tennis_forehand", "tennis_serve",
 ]  # fmt: skip
-PENN_SPELLINGS = {  # the archive's README and its label files disagree on six names
-    "bowling": "bowl", "pull_ups": "pullup", "push_ups": "pushup", "sit_ups": "situp", "squats": "squat",
-    "strumming_guitar": "strum_guitar",
-}  # fmt: skip
 
 
 def penn_action(roots: list[Path]) -> Source:
     """ROOT/labels/0001.mat .. 2326.mat and ROOT/frames/0001/000001.jpg ..; the split is the labels' `train` field."""
     need("scipy.io", "scipy", "to read the labels of Penn Action")
     need("PIL.Image", "pillow", "to read the frames of Penn Action")
-    root = roots[0]
-    labels = sorted((root / "labels").glob("[!.]*.mat"))
-    if not labels or not (root / "frames").is_dir():
+    labels = [path for root in roots for path in sorted((root / "labels").glob("[!.]*.mat"))]
+    if not labels or not (roots[0] / "frames").is_dir():
         raise DataError(
-            f"no Penn Action in {root}: looked for {root}/labels/0001.mat and {root}/frames/0001/000001.jpg. "
+            f"no Penn Action: looked for {roots[0]}/labels/0001.mat and {roots[0]}/frames/0001/000001.jpg. "
             "Get Penn_Action.tar.gz from dreamdragon.github.io/PennAction and unpack it, or pass its folder as --root"
         )
     source = Source(PENN_ACTIONS, PENN_JOINTS, PENN_PAIRS, read_jpegs)
     for path in labels:
         try:
-            split, clip = penn_label(path, root / "frames" / path.stem)
+            split, clip = penn_label(path)
             source.clips[split].append(clip)
         except Exception as error:  # scipy raises many kinds on a damaged file
             source.problems.append(f"{path}: {reason(error)}")
     return source
 
 
-def penn_label(path: Path, folder: Path) -> tuple[str, Clip]:
+def penn_label(path: Path) -> tuple[str, Clip]:
     """The split and the clip of one label file.
 
     A joint that is occluded but has a position counts as visible. One without annotation is marked invisible and stored
@@ -362,24 +386,19 @@ def penn_label(path: Path, folder: Path) -> tuple[str, Clip]:
     from scipy.io import loadmat
 
     label = loadmat(path)
-    action = str(label["action"].item())
-    action = PENN_SPELLINGS.get(action, action)
+    action, split = str(label["action"].item()), {1: "train", -1: "test"}[label["train"].item()]
     if action not in PENN_ACTIONS:
         raise ValueError(f"unknown action {action!r}")
-    train = label["train"].item()
-    if train not in (1, -1):
-        raise ValueError(f"train is {train!r}, not 1 or -1")
     joints, seen = np.stack([label["x"], label["y"]], -1).astype(np.float32), label["visibility"]
     if not len(joints) or joints.shape[1:] != (13, 2) or seen.shape != joints.shape[:2]:
         raise ValueError(f"x, y have shape {joints.shape[:-1]}, visibility {seen.shape}, expected (frames, 13)")
     absent = (seen != 1) & (joints[..., 0] == joints[..., 1]) & (joints[..., 0] < 2)
     visible = np.isfinite(joints).all(-1) & ~absent
-    size = frame_size(label["dimensions"].ravel()[:2])
-    clip = Clip(folder.name, PENN_ACTIONS.index(action), joints - 1, visible, size, folder)  # MATLAB counts from (1, 1)
-    return ("train" if train == 1 else "test"), clip
+    size, folder = tuple(label["dimensions"].ravel()[:2].tolist()), path.parents[1] / "frames" / path.stem
+    return split, Clip(path.stem, PENN_ACTIONS.index(action), joints - 1, visible, size, folder)  # MATLAB starts at 1
 
 
-def read_jpegs(folder: Path, frames: np.ndarray, size: Size, crop: Crop) -> np.ndarray:
+def read_jpegs(folder: Path, frames: np.ndarray, size: Size, crop: Crop) -> Frames:
     """A crop of frames FOLDER/000001.jpg .. scaled to `size` (height, width); what lies outside is not scaled."""
     from PIL import Image
 
@@ -393,7 +412,7 @@ def read_jpegs(folder: Path, frames: np.ndarray, size: Size, crop: Crop) -> np.n
             (_, (_, _, width, height)), (h, w) = image.draft("RGB", size[::-1]), size
             box = left * width / w, top * height / h, right * width / w, bottom * height / h
             video[t] = image.convert("RGB").resize(video.shape[2:0:-1], Image.Resampling.BILINEAR, box)
-    return video
+    return Frames(video)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -405,13 +424,17 @@ VIDEO_FORMATS = {"format_whitelist": "avi,mov,matroska,mpegts,flv"}  # none is a
 
 
 def clip_key(name: str) -> str:
-    """A name that is the same with and without suffixes such as `_rgb`, `.mp4`, and FineGYM's `_E_` and `_A_`."""
+    """A name that is the same with and without suffixes such as `_rgb`, `.mp4`, FineGYM's `_E_` and `_A_`; in NFC."""
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts:
+        raise ValueError(f"{name!r}: expected a name below the folders of the videos")
+    name = unicodedata.normalize("NFC", str(path))
     name = re.sub(r"\.(avi|mp4|mkv|webm|mov)$", "", name, flags=re.IGNORECASE).removesuffix("_rgb")
     return re.sub(r"_E_(\d+_\d+)_A_(\d+_\d+)$", r"_\1_\2", name)
 
 
 def find_files(roots: list[Path], endings: tuple[str, ...]) -> dict[str, list[Path]]:
-    """Files below the roots by `clip_key`, whatever folders they are in; OSError for a folder that cannot be read."""
+    """Files below the roots by `clip_key`, that of their name and that of their path; OSError if a folder is closed."""
     found, visited, errors = defaultdict(list), set(), []
     for root in filter(Path.exists, roots):
         for folder, folders, files in os.walk(root, followlinks=True, onerror=errors.append):
@@ -422,64 +445,60 @@ def find_files(roots: list[Path], endings: tuple[str, ...]) -> dict[str, list[Pa
             visited.add(real)
             folders.sort()
             for path in (Path(folder, file) for file in sorted(files) if file.lower().endswith(endings)):
-                found[clip_key(path.stem)].append(path)
+                for key in {clip_key(path.stem), clip_key(str(path.relative_to(root).with_suffix("")))}:
+                    found[key].append(path)
     if errors:
         raise errors[0]
     return dict(found)
 
 
-def open_video(path: Path):
-    """The container of a file and its video, decoded on one thread, because a loader already has several processes."""
+def packets(path: Path):
+    """The packets of a video file, decoded on one thread, because a loader already has several processes."""
     import av
 
-    container = av.open(f"file:{path}", options=VIDEO_FORMATS)  # without "file:", a colon in the name makes a protocol
-    if not container.streams.video:
-        raise ValueError("no video in it")
-    stream = container.streams.video[0]
-    stream.thread_type, stream.codec_context.thread_count = "NONE", 1
-    return container, stream
+    # Without "file:", a colon in the name would make a protocol of it.
+    with av.open(f"file:{path}", options=VIDEO_FORMATS) as container:
+        cover = av.stream.Disposition.attached_pic
+        streams = [stream for stream in container.streams.video if not stream.disposition & cover]
+        if not streams:
+            raise ValueError("no video in it")
+        streams[0].thread_type, streams[0].codec_context.thread_count = "NONE", 1
+        for packet in container.demux(streams[0]):
+            if packet.is_corrupt:
+                raise ValueError("it breaks off")
+            yield packet
 
 
 def video_length(path: Path) -> int:
-    """Frames that the decoder puts out: counted from the packets, or if the file breaks off, taken from its header."""
+    """Packets of a video: a first guess of its frames, because some packets hold none that a decoder puts out."""
     with errors_as(BadClip, path):
-        container, stream = open_video(path)
-        with container:
-            packets = [packet for packet in container.demux(stream) if packet.size]
-            n = sum(not packet.is_discard for packet in packets)  # those that an edit list hides are discarded
-            if not packets or packets[-1].is_corrupt:
-                n = stream.frames or n
-        if not n:
-            raise ValueError("no frame in it")
-    return n
+        return sum(bool(packet.size) and not packet.is_discard for packet in packets(path))
 
 
-def read_video(path: Path, frames: np.ndarray, size: Size, crop: Crop) -> np.ndarray:
-    """A crop of frames of a video by number, scaled to `size`; of a file that breaks off, the frames before the break.
+def read_video(path: Path, frames: np.ndarray, size: Size, crop: Crop) -> Frames:
+    """A crop of frames of a video by number, scaled to `size`; BadClip for a file that breaks off.
 
     Frames are counted as the decoder puts them out, from the first: NTU's AVI files have one key frame and wrong time
     stamps, so seeking gains nothing and time stamps name the wrong frame.
     """
     from av.video.reformatter import VideoReformatter
 
-    wanted, pictures, count, why = set(frames.tolist()), {}, 0, "it has no more"
+    (top, bottom), (left, right) = ((edge.start, edge.stop) for edge in crop)
+    video = np.empty((len(frames), bottom - top, right - left, 3), np.uint8)
+    wanted, n, shown = set(frames.tolist()), 0, None
     scaler = VideoReformatter()  # one for all frames: setting it up costs more than scaling
-    try:
-        container, stream = open_video(path)
-        with container:
-            for count, picture in enumerate(container.decode(stream), start=1):
-                if count - 1 in wanted:
-                    turns = round(picture.rotation / 90)  # to the left: a phone may store an upright video on its side
-                    height, width = size[:: -1 if turns % 2 else 1]
-                    picture = scaler.reformat(picture, width, height, "rgb24", interpolation="BILINEAR")
-                    pictures[count - 1] = np.rot90(picture.to_ndarray(), turns)[crop]
-                if len(pictures) == len(wanted):
-                    break
-    except Exception as error:  # av raises many kinds on a damaged file
-        why = reason(error)
-    if len(pictures) < len(wanted):
-        raise BadClip(f"{path}: frame {min(wanted - pictures.keys())} of {count} readable ones was asked for: {why}")
-    return np.stack([pictures[frame] for frame in frames.tolist()])
+    with errors_as(BadClip, path):
+        for n, picture in enumerate((each for packet in packets(path) for each in packet.decode()), start=1):
+            if n - 1 in wanted:
+                turns = round(picture.rotation / 90)  # to the left: a phone may store an upright video on its side
+                turn = slice(None, None, -1 if turns % 2 else 1)
+                height, width = size[turn]
+                shown = (picture.height, picture.width)[turn]
+                picture = scaler.reformat(picture, width, height, "rgb24", interpolation="BILINEAR")
+                video[frames == n - 1] = np.rot90(picture.to_ndarray(), turns)[crop]
+        if not n:
+            raise ValueError("no frame in it")
+    return Frames(video[frames < n], n, shown)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -506,22 +525,9 @@ NTU_PROTOCOLS = {  # actions, whether (setup, camera, performer) trains, samples
     "ntu120-xsub": (120, lambda s, c, p: p in NTU120_TRAIN, "63,026 and 50,919", "63,360 and 51,120"),
     "ntu120-xset": (120, lambda s, c, p: s % 2 == 0, "54,468 and 59,477", "54,720 and 59,760"),
 }
-NTU_LISTS = {  # by the number of actions
-    60: "NTU_RGBD_samples_with_missing_skeletons.txt",
-    120: "NTU_RGBD120_samples_with_missing_skeletons.txt",
-}
 # Who is not a person: the rules of pyskl (ntu_preproc.py) and CTR-GCN (get_raw_denoised_data.py: a share of 0.69754).
 GHOST_FRAMES, GHOST_SPREAD, GHOST_SHARE = 11, 0.8, 0.7
 RENAME_DISTANCE = 1.0  # metres from where one id ends to where another begins, below which it is the same person (ours)
-
-
-def ntu_split(name: str, protocol: str) -> str | None:
-    """ "train" or "test" for a sample such as S001C001P001R001A001; None if it is not of that data set."""
-    setup, camera, performer, _, action = map(int, NTU_NAME.fullmatch(name).groups())
-    actions, trains = NTU_PROTOCOLS[protocol][:2]
-    if action > actions:
-        return None
-    return "train" if trains(setup, camera, performer) else "test"
 
 
 def ntu(roots: list[Path], protocol: str) -> Source:
@@ -529,50 +535,52 @@ def ntu(roots: list[Path], protocol: str) -> Source:
     need("av", "av", "to read the videos of NTU RGB+D")
     found = find_files(roots, (".skeleton",)), find_files(roots, VIDEOS)
     skeletons, videos = ({name: paths for name, paths in each.items() if NTU_NAME.fullmatch(name)} for each in found)
+    where = ", ".join(map(str, roots))
     if not skeletons or not videos:
         raise DataError(
-            f"no NTU RGB+D in {', '.join(map(str, roots))}: {len(skeletons)} files like S001C001P001R001A001.skeleton, "
-            f"{len(videos)} like S001C001P001R001A001_rgb.avi. Get it from rose1.ntu.edu.sg/dataset/actionRecognition, "
-            "and pass its folders as --root DIR DIR"
+            f"no NTU RGB+D in {where}: {len(skeletons)} skeletons and {len(videos)} videos like S001C001P001R001A001. "
+            "Get it from rose1.ntu.edu.sg/dataset/actionRecognition, and pass its folders as --root DIR DIR"
         )
-    actions, _, without, everything = NTU_PROTOCOLS[protocol]
-    lists = sum(find_files(roots, tuple(file.lower() for file in NTU_LISTS.values())).values(), [])
+    actions, trains, without, everything = NTU_PROTOCOLS[protocol]
+    lists = sum(find_files(roots, ("samples_with_missing_skeletons.txt",)).values(), [])
     excluded = {match.group() for path in lists for match in NTU_NAME.finditer(path.read_text(errors="replace"))}
-    accepted = {NTU_LISTS[actions].lower(), NTU_LISTS[120].lower()}  # the longer list holds the other one
-    if not accepted & {path.name.lower() for path in lists}:
+    if not any(actions == 60 or "120" in path.name for path in lists):  # the list of NTU 120 holds that of NTU 60
         print(
-            f"warning: no {NTU_LISTS[actions]} in {', '.join(map(str, roots))}: samples it would name stay in. "
-            f"Expect {everything} training and test samples in the whole data set, {without} without them",
+            f"warning: no NTU_RGBD{'120' * (actions == 120)}_samples_with_missing_skeletons.txt in {where}: samples it "
+            f"would name stay in. In all, {everything} samples train and test, {without} without them",
             file=sys.stderr,
         )
-    source = Source(
-        [f"A{a:03d}" for a in range(1, actions + 1)],
-        [f"{joint} {person}" for person in (1, 2) for joint in NTU_JOINTS],
-        [(a + p, b + p) for p in (0, 25) for a, b in NTU_PAIRS],
-        read_video,
-        ntu_annotate,
-    )
+    names = [f"{joint} {person}" for person in (1, 2) for joint in NTU_JOINTS]
+    pairs = [(a + p, b + p) for p in (0, 25) for a, b in NTU_PAIRS]
+    source = Source([f"A{a:03d}" for a in range(1, actions + 1)], names, pairs, read_video, ntu_annotate, video_length)
+    source.squeezed = True  # many re-encode the videos to 340 x 256
     for name in sorted(skeletons.keys() | videos.keys()):
-        split = ntu_split(name, protocol)
-        if name in excluded or split is None:
+        setup, camera, performer, _, action = map(int, NTU_NAME.fullmatch(name).groups())
+        if name in excluded or action > actions:
             continue
         if name not in skeletons or name not in videos:
             source.missing.append(f"{name} has no {'skeleton' if name in videos else 'video'}")
             continue
-        media = min(videos[name], key=os.path.getsize), skeletons[name][0]  # a video may be re-encoded beside it
-        source.clips[split].append(Clip(name, int(name[-3:]) - 1, None, None, NTU_SIZE, media))
+        split = "train" if trains(setup, camera, performer) else "test"
+        media = sorted(videos[name], key=os.path.getsize), skeletons[name][0]
+        source.clips[split].append(Clip(name, action - 1, None, None, NTU_SIZE, media))
     return source
 
 
 def ntu_annotate(clip: Clip) -> Clip:
-    """A clip with the joints of its skeleton file, as long as the shorter of video and skeleton."""
-    video, path = clip.media
+    """A clip with the joints of its skeleton file, and the smallest of its videos whose length fits them."""
+    videos, path = clip.media
     with errors_as(BadClip, path):
         joints, visible = two_persons(*parse_skeleton(path.read_bytes()))
         if not len(joints):
             raise ValueError("it has no frame")
-    n = min(len(joints), video_length(video))
-    return replace(clip, joints=joints[:n], visible=visible[:n], media=video)
+
+    def fits(video):
+        with suppress(BadClip):
+            return abs(video_length(video) - len(joints)) <= LENGTHS_DIFFER * len(joints)
+
+    video = next(filter(fits, videos[:-1]), videos[-1])
+    return replace(clip, joints=joints, visible=visible, media=video)
 
 
 def parse_skeleton(text: bytes) -> tuple[int, dict[int, dict[int, np.ndarray]]]:
@@ -646,30 +654,20 @@ COCO_JOINTS = [
 COCO_PAIRS = [(i, i + 1) for i in range(1, 17, 2)]
 
 
-class Kind:
-    """Stands for numpy.dtype: in a damaged pickle, numpy's own can claim to hold objects, and crash."""
-
-    def __init__(self, code: str, *_):
-        self.code = code
-
-    def __setstate__(self, state):
-        self.code = state[1] + self.code  # the order of its bytes
-
-
-def build_array(content, kind: Kind, shape, order: str, axes=None) -> np.ndarray:
-    """An array from its bytes or its list of objects, as numpy's `_frombuffer`; ValueError if their count is wrong."""
-    if "O" in kind.code:
-        return np.fromiter(content, object).reshape(shape)  # numpy writes these row by row, whatever their order
-    array = np.frombuffer(content, kind.code).reshape(shape, order="C" if axes else order)
-    return array.transpose(axes) if axes else array  # numpy 2.4 writes a transposed array with the order of its axes
+def from_buffer(content, kind: np.dtype, shape, order: str, axes=None) -> np.ndarray:
+    """As numpy's `_frombuffer`; numpy 2.4 writes a transposed array with the order of its axes."""
+    array = np.frombuffer(content, kind).reshape(shape, order="C" if axes else order)
+    return array.transpose(axes) if axes else array
 
 
 class Array(np.ndarray):
     """Stands for numpy.ndarray: numpy's own `__setstate__` crashes on a list of objects that is too short."""
 
     def __setstate__(self, state):
-        _, shape, kind, fortran, content = state
-        super().__setstate__(build_array(content, kind, shape, "F" if fortran else "C").__reduce__()[2])
+        _, shape, kind, _, content = state
+        if kind.hasobject and (kind.kind != "O" or len(content) != math.prod(shape)):
+            raise ValueError("an array of objects is damaged")
+        super().__setstate__(state)
 
 
 class Unpickler(pickle.Unpickler):
@@ -677,10 +675,10 @@ class Unpickler(pickle.Unpickler):
 
     known = {
         "numpy.ndarray": Array,
-        "numpy.dtype": Kind,
+        "numpy.dtype": np.dtype,
         "numpy.core.multiarray._reconstruct": lambda *_: Array(0),
-        "numpy.core.multiarray.scalar": lambda kind, content: build_array(content, kind, (), "C")[()],
-        "numpy.core.numeric._frombuffer": build_array,
+        "numpy.core.multiarray.scalar": lambda kind, content: np.frombuffer(content, kind)[0],
+        "numpy.core.numeric._frombuffer": from_buffer,
         "collections.OrderedDict": dict,
         "collections.defaultdict": lambda *_: {},
         "_codecs.encode": lambda text, _: text.encode("latin1"),  # how protocol 2 writes bytes
@@ -694,37 +692,54 @@ class Unpickler(pickle.Unpickler):
         return known
 
 
-def read_pickle(path: Path, splits: tuple[str, str]) -> tuple[dict, set[str], set[str]]:
-    """{clip key: (name, entry)} of a pickle in pyskl's form, and the keys that it lists for training and testing."""
+NO_PICKLE = {b"\x1f": "gzipped", b"P": "a zip archive", b"{": "JSON", b"[": "JSON", b"\x93": "an array of numpy"}
+
+
+def read_pickle(path: Path, splits: tuple[str, str]) -> tuple[Source, dict, set[str], set[str]]:
+    """A source without its clips, their {clip key: (name, entry)}, and the keys for training and for testing."""
     with errors_as(DataError, f"{path}: expected a pickle {{split, annotations}}"):
         with path.open("rb") as file:
+            kind = NO_PICKLE.get(file.peek(1)[:1])
+            if kind:
+                raise ValueError(f"it is {kind}")
             content = Unpickler(file).load()
         listed, annotations = content["split"], content["annotations"]
         if not {*splits} <= listed.keys():
             raise ValueError(f"it has no {' or '.join(splits)}; its splits are {[*listed]}")
+        if any(isinstance(listed[split], str) for split in splits):
+            raise ValueError("a split is a list of names, not one name")
         train, test = ({clip_key(name) for name in listed[split]} for split in splits)
         names = [entry.get("filename") or entry["frame_dir"] for entry in annotations]
         entries = {clip_key(name): (name, entry) for name, entry in zip(names, annotations)}
         if len(entries) < len(annotations):
             raise ValueError("two of its entries have one name")
-    if train & test:
-        raise DataError(f"{path}: clips are for training and test alike, such as {min(train & test)}")
-    return entries, train, test
+        if train & test:
+            raise ValueError(f"clips are for training and test alike, such as {min(train & test)}")
+        if ("joint_names" in content) != ("flip_pairs" in content):
+            raise ValueError("joint_names and flip_pairs belong together")
+        joints, pairs = [*content.get("joint_names", COCO_JOINTS)], [*content.get("flip_pairs", COCO_PAIRS)]
+        classes, numbers = [*content.get("label_names", [])], [joint for a, b in pairs for joint in (a, b)]
+        for each in (joints, classes, numbers):
+            if len({*each}) < len(each) or not {*numbers} <= {*range(len(joints))}:
+                raise ValueError(f"one of joint_names, label_names, flip_pairs is there twice or unknown: {each}")
+    return Source(classes, joints, pairs, read_video, length=video_length, spread=True), entries, train, test
 
 
-def pyskl(roots: list[Path], annotations: Path, splits: tuple[str, str] = ("train", "val")) -> Source:
-    """A pickle in pyskl's form, and anywhere below the roots the videos that its entries name."""
+def pyskl(roots: list[Path], annotations: Path, split_train="train", split_val="val", min_score=0.0) -> Source:
+    """A pickle in pyskl's form, and the videos that its entries name: ROOT/FOLDER/NAME.mp4, or NAME.mp4 anywhere below.
+
+    It may hold `label_names`, and `joint_names` with `flip_pairs`; without them, joints are those of COCO.
+    """
     need("av", "av", "to read the videos of this data set")
-    entries, train, test = read_pickle(annotations, splits)
+    source, entries, train, test = read_pickle(annotations, (split_train, split_val))
     videos = find_files(roots, VIDEOS)
     if not videos:
         raise DataError(f"no videos in {', '.join(map(str, roots))}: looked for NAME.mp4 as named in {annotations}")
-    source, labels = Source([], [], [], read_video, pyskl_annotate), 0
-    for key, (name, entry) in entries.items():
-        if key not in train and key not in test:
-            continue
+    k, persons, labels = len(source.joint_names), 1, 0
+    for key in [key for key in entries if key in train | test]:
+        name, entry = entries[key]
         try:
-            clip = pyskl_clip(name, entry)
+            clip = pyskl_clip(name, entry, k, len(source.classes) or 10_000, min_score)
         except Exception as error:  # what is missing, or of another type
             source.problems.append(f"{annotations}, {name}: {reason(error)}")
             continue
@@ -735,54 +750,54 @@ def pyskl(roots: list[Path], annotations: Path, splits: tuple[str, str] = ("trai
         clip.media, *others = videos[key]
         if others:
             source.problems.append(f"{clip.media} and {others[0]} have one name: leave one of them there")
+        persons = max(persons, clip.joints.shape[1] // k)
         source.clips["train" if key in train else "test"].append(clip)
-    lacking = (train | test) - entries.keys()
-    source.missing += [f"{key} has no annotation in {annotations}" for key in sorted(lacking)]
-    source.classes = [str(label) for label in range(labels)]
-    pad_persons(source)
+    source.missing += [f"{key} has no annotation in {annotations}" for key in sorted((train | test) - entries.keys())]
+    if not any(source.clips.values()):
+        raise DataError(f"{annotations}: no clip of it can be used: {[*source.problems, *source.missing, 'none'][0]}")
+    source.classes = source.classes or [str(label) for label in range(labels)]
+    source.joint_names += [f"{name} {p + 1}" for p in range(1, persons) for name in source.joint_names]
+    source.flip_pairs += [(a + k * p, b + k * p) for p in range(1, persons) for a, b in source.flip_pairs]
     return source
 
 
-def pyskl_clip(name: str, entry: dict) -> Clip:
-    """A clip of `keypoint` (M, n, 17, 2), `keypoint_score` (M, n, 17), `label` and `img_shape`; up to two persons."""
-    keypoint = np.asarray(entry["keypoint"], np.float32)[:2]  # float16 in the files, which scales badly
-    score = np.asarray(entry.get("keypoint_score", np.ones(keypoint.shape[:-1])), np.float32)[:2]
-    persons, n, *joint = keypoint.shape  # persons may be 0: nobody was found
-    if not n or joint != [17, 2] or score.shape != (persons, n, 17):
-        raise ValueError(f"keypoint is {keypoint.shape}, its score {score.shape}, expected (persons, frames, 17, 2)")
-    label, size = int(entry["label"]), frame_size(entry["img_shape"])
-    if label != entry["label"] or not 0 <= label < 10_000:  # each number below the largest label is a class, too
-        raise ValueError(f"label {entry['label']}")
-    # A joint that was not found lies at (0, 0) or has a score of 0 or NaN.
-    visible = np.isfinite(keypoint).all(-1) & (score > 0) & keypoint.any(-1)
-    joints, visible = keypoint.swapaxes(0, 1).reshape(n, -1, 2), visible.swapaxes(0, 1).reshape(n, -1)
-    return Clip(name, label, joints, visible, size, None)
+def pyskl_clip(name: str, entry: dict, k: int, class_count: int, min_score: float) -> Clip:
+    """A clip of an entry with `keypoint`, `keypoint_score`, `label` and `img_shape`; up to two persons."""
+    joints, visible = as_joints(entry["keypoint"], entry.get("keypoint_score"), min_score)
+    if joints.shape[2] != k:
+        raise ValueError(f"keypoint has {joints.shape[2]} joints, expected {k}: those of joint_names, or of COCO")
+    label, (height, width), n = int(entry["label"]), map(int, entry["img_shape"]), len(joints)
+    if label != entry["label"] or not 0 <= label < class_count:  # each number below the largest label is a class, too
+        raise ValueError(f"label {entry['label']}, expected a whole number below {class_count}")
+    if min(height, width) < 1:
+        raise ValueError(f"img_shape is {entry['img_shape']}, expected (height, width)")
+    joints, visible = joints[:, :2].reshape(n, -1, 2), visible[:, :2].reshape(n, -1)
+    return Clip(name, label, joints, visible, (height, width), None)
 
 
-def pyskl_annotate(clip: Clip) -> Clip:
-    """A clip with one row of joints for each frame of its video: the cut of a video may have more or fewer."""
-    n = video_length(clip.media)
-    row = np.round(np.arange(n) * (len(clip.joints) - 1) / max(1, n - 1)).astype(int)
-    return replace(clip, joints=clip.joints[row], visible=clip.visible[row])
+def as_joints(keypoint, score, min_score: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
+    """Joints (n, M, K, 2) and visible (n, M, K) of pixels (M, n, K, 2) with a score (M, n, K) or as a third column.
+
+    A joint that was not found lies at (0, 0), or has a score of 0 or NaN.
+    """
+    keypoint = np.asarray(keypoint, np.float32)  # float16 in the files, which scales badly
+    if keypoint.ndim != 4 or not keypoint.shape[1] or keypoint.shape[3] not in (2, 3):  # nobody may be found: M = 0
+        raise ValueError(f"keypoint is {keypoint.shape}, expected (persons, frames, joints, 2 or 3)")
+    if score is None:
+        score = keypoint[..., 2] if keypoint.shape[3] == 3 else np.ones(keypoint.shape[:3])
+    keypoint, score = keypoint[..., :2], np.asarray(score, np.float32)
+    if score.shape != keypoint.shape[:3]:
+        raise ValueError(f"keypoint_score is {score.shape}, expected {keypoint.shape[:3]}")
+    visible = np.isfinite(keypoint).all(-1) & (score > min_score) & keypoint.any(-1)
+    if visible.any() and keypoint[visible].min() >= 0 and keypoint[visible].max() <= 1:
+        raise ValueError("all its joints lie within 0..1, expected pixels")
+    return keypoint.swapaxes(0, 1), visible.swapaxes(0, 1)
 
 
-def pad_persons(source: Source) -> None:
-    """Give every clip as many joints as the one with the most persons, and name them."""
-    clips = source.clips["train"] + source.clips["test"]
-    persons = max([1] + [clip.joints.shape[1] // 17 for clip in clips])
-    for clip in clips:
-        absent = 17 * persons - clip.joints.shape[1]
-        clip.joints = np.pad(clip.joints, ((0, 0), (0, absent), (0, 0)))
-        clip.visible = np.pad(clip.visible, ((0, 0), (0, absent)))
-    for p in range(persons):
-        source.joint_names += [f"{joint} {p + 1}" if persons > 1 else joint for joint in COCO_JOINTS]
-        source.flip_pairs += [(a + 17 * p, b + 17 * p) for a, b in COCO_PAIRS]
-
-
-def finegym(roots: list[Path]) -> Source:
+def finegym(roots: list[Path], min_score: float = 0.0) -> Source:
     """ROOT/gym_hrnet.pkl of pyskl, or gym_2d.pkl as mmaction2 names it, and the videos ROOT/subactions/NAME.mp4."""
     path, other = (roots[0] / name for name in ("gym_hrnet.pkl", "gym_2d.pkl"))
-    return pyskl(roots, other if other.exists() and not path.exists() else path)
+    return pyskl(roots, other if other.exists() and not path.exists() else path, min_score=min_score)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -807,27 +822,63 @@ def add_flags(parser) -> None:
     parser.add_argument("--annotations", type=Path, metavar="PKL", help="pyskl: the pickle")
     parser.add_argument("--split-train", metavar="KEY", help="pyskl: the split to train on [train]")
     parser.add_argument("--split-val", metavar="KEY", help="pyskl: the split to test on [val]")
+    score = "pyskl, finegym: joints count as absent unless their score is higher [0]"
+    parser.add_argument("--min-score", type=float, default=0.0, metavar="S", help=score)
 
 
 def load(options: argparse.Namespace) -> Source:
     """The data set that the flags name, indexed; DataError if it is not there, UsageError for the flags."""
     function, roots = SOURCES[options.data]
-    roots = options.root or [Path(root) for root in roots]
-    words = [roots] if roots else []
-    if options.root and options.data == "synthetic":
+    flags = {name: getattr(options, name) for name in ("annotations", "split_train", "split_val", "min_score")}
+    given = {name: value for name, value in flags.items() if value}
+    for name in given.keys() - inspect.signature(function).parameters.keys():
+        raise UsageError(f"--{name.replace('_', '-')} is not for --data {options.data}")
+    if options.root and not roots:
         raise UsageError("--root: the synthetic clips are drawn, there are no files")
-    if options.data == "pennaction" and len(roots) > 1:
-        raise UsageError("--root: Penn Action has one folder")
     for root in options.root or []:
         if not root.is_dir():
             raise UsageError(f"--root: there is no folder {root}")
-    if options.data == "pyskl":
-        if not options.annotations:
-            raise UsageError("--data pyskl needs --annotations PKL")
-        words += [options.annotations, (options.split_train or "train", options.split_val or "val")]
-    elif options.annotations or options.split_train or options.split_val:
-        raise UsageError("--annotations, --split-train and --split-val are for --data pyskl")
+    if options.data == "pyskl" and not options.annotations:
+        raise UsageError("--data pyskl needs --annotations PKL")
+    roots = options.root or [Path(root) for root in roots]
     try:
-        return function(*words)
+        return function(*[roots] if roots else [], **given)
     except OSError as error:  # a folder or a list that may not be read
         raise DataError(f"{error.filename}: {error.strerror}") from None
+
+
+def match(source: Source, classes: list[str], joint_names: list[str]) -> Source:
+    """The source in the classes and joints of a checkpoint, which may know more; UsageError if it does not know one."""
+    joints = zip(source.joint_names, [*joint_names, *[None] * len(source.joint_names)])
+    unknown = [name for name in source.classes if name not in classes] + [a for a, b in joints if a != b]
+    if unknown:
+        known = f"classes are {', '.join(classes)}; its joints, in this order, {', '.join(joint_names)}"
+        raise UsageError(f"the checkpoint does not know {unknown[0]!r}: its {known}")
+    label = [classes.index(name) for name in source.classes]
+    clips = {split: [replace(c, label=label[c.label]) for c in clips] for split, clips in source.clips.items()}
+    return replace(source, classes=classes, joint_names=joint_names, clips=clips)
+
+
+def one_clip(video: Path, keypoint: np.ndarray, score: np.ndarray | None, joint_names: list[str]) -> Source:
+    """A source with one test clip: a video with joints, for a checkpoint with these names of joints (of all persons).
+
+    keypoint (M, n, K, 2 or 3) has a row for each frame, in pixels of the frame as it is shown; the score (M, n, K) may
+    be its third column. The checkpoint may know more than M persons. The label is unknown: -1.
+    """
+    with errors_as(UsageError, f"the joints of {video}"):
+        joints, visible = as_joints(keypoint, score)
+        n, persons, k = visible.shape
+        second = joint_names[k : k + 1]  # the first joint of the second person, if the checkpoint knows one
+        if persons * k > len(joint_names) or second not in ([], [joint_names[0].removesuffix(" 1") + " 2"]):
+            raise ValueError(f"{persons} persons with {k} joints; the checkpoint knows {', '.join(joint_names)}")
+    size = read_video(video, np.array([0]), (8, 8), (slice(0, 8), slice(0, 8))).size
+    source = Source([], joint_names, [], read_video, length=video_length)
+    clip = Clip(Path(video).stem, -1, joints.reshape(n, -1, 2), visible.reshape(n, -1), size, video)
+    source.clips["test"].append(clip)
+    return source
+
+
+def escape_output() -> None:
+    """Let names be printed that the terminal's encoding lacks: as escapes."""
+    if hasattr(sys.stdout, "reconfigure"):  # a notebook's has not
+        sys.stdout.reconfigure(errors="backslashreplace")

@@ -40,8 +40,8 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import data
-from d3t import D3T, Settings, check_types, setting
-from data import DataError, UsageError, errors_as, reason
+from d3t import D3T, Settings, check_fields, setting
+from data import DataError, UsageError, errors_as
 
 
 class RunError(Exception):
@@ -53,47 +53,37 @@ class Recipe:
     """How a model is trained. The defaults are the paper's (Sec. 4), or ours where the paper is silent ("open")."""
 
     epochs: int = setting(90, "passes over the training clips")
-    warmup: float = setting(5.0, "epochs of linear warm-up before the cosine")
+    warmup: float = setting(5.0, "epochs of linear warm-up before the cosine", zero=True)
     batch: int = setting(32, "clips of a step, over all ranks (open)")
     accumulate: int = setting(1, "parts into which each rank divides its share of the batch, to save memory")
     lr: float = setting(5e-4, "peak learning rate of AdamW (open)")
-    weight_decay: float = setting(0.05, "of matrices; norms, biases and embeddings have none (open)")
+    weight_decay: float = setting(0.05, "of matrices; norms, biases and embeddings have none (open)", zero=True)
     clip: float = setting(1.0, "largest norm of the gradient (open)")
-    seed: int = setting(0, "of the weights, the order of the clips and their augmentation")
+    seed: int = setting(0, "of the weights, the order of the clips and their augmentation", zero=True)
     hide: str = setting("none", "joints or video: train and test without that modality")
 
     def __post_init__(self):
-        check_types(self)
-        for name in ("epochs", "batch", "accumulate", "lr", "clip"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive, not {getattr(self, name)}")
-        for name in ("warmup", "weight_decay", "seed"):
-            if not 0 <= getattr(self, name) < 2**63:
-                raise ValueError(f"{name} must be 0 or more and less than 2^63, not {getattr(self, name)}")
+        check_fields(self)
         if self.warmup >= self.epochs:
             raise ValueError(f"warmup = {self.warmup} is not less than epochs = {self.epochs}")
         if self.hide not in ("none", "joints", "video"):
             raise ValueError(f"hide must be none, joints or video, not {self.hide}")
 
 
-PRESETS = {  # what differs from the defaults
-    "paper": {},
-    "small": dict(
-        frames=8, height=96, width=96, channels=16, blocks=2, heads=2, batch=16, lr=1.5e-3, epochs=24, warmup=2.0
-    ),
-    "tiny": dict(
-        frames=6, height=40, width=40, channels=16, blocks=2, heads=4, kernel=3, batch=16, lr=1e-3, epochs=2, warmup=0.5
-    ),
+DEFAULTS = {f.name: f.default for kind in (Recipe, Settings) for f in fields(kind)}
+del DEFAULTS["classes"], DEFAULTS["joints"]  # the data set knows them
+PRESETS = {
+    "paper": DEFAULTS,
+    "small": DEFAULTS
+    | dict(frames=8, height=96, width=96, channels=16, blocks=2, heads=2, batch=16, lr=1.5e-3, epochs=24, warmup=2.0),
+    "tiny": DEFAULTS
+    | dict(frames=6, height=40, width=40, channels=16, blocks=2, heads=4, kernel=3)
+    | dict(batch=16, lr=1e-3, epochs=2, warmup=0.5),
 }
-LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))  # of this process on its machine, from torchrun
-STATE = ("model", "optimizer", "scaler", "progress", "settings", "recipe", "data", "clips")  # in a checkpoint
 FILES = ("last.pt", "best.pt", "log.jsonl")  # of a run, in its folder
-
-
-def preset(name: str) -> dict:
-    """All fields of recipe and settings by name, without classes and joints, which the data set knows."""
-    defaults = {f.name: f.default for kind in (Recipe, Settings) for f in fields(kind)}
-    return {k: v for k, v in defaults.items() if k not in ("classes", "joints")} | PRESETS[name]
+LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))  # of this process on its machine, from torchrun
+# Ctrl-C, and what batch systems send before they end a job; Windows has the first two.
+SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -101,29 +91,16 @@ def preset(name: str) -> dict:
 # --------------------------------------------------------------------------------------------------------------------
 
 
-@dataclass
 class Ranks:
     """The processes that torchrun started, or one. CPU tensors travel by gloo, CUDA tensors by NCCL."""
 
-    rank: int
-    size: int
-    device: torch.device
-
-    @classmethod
-    def join(cls, device: str) -> "Ranks":
-        rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    def __init__(self, device: str):
+        self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.device = torch.device(device)
         if device == "cuda":
             torch.cuda.set_device(LOCAL_RANK)
-        if size > 1:
-            dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
-        return cls(rank, size, torch.device(device))
-
-    def sum(self, values) -> torch.Tensor:
-        """Sum over the ranks. On the CPU, so that it never waits for the device."""
-        values = torch.as_tensor(values, dtype=torch.float64).clone()  # all_reduce works in place
         if self.size > 1:
-            dist.all_reduce(values)
-        return values
+            dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
 
     def gather(self, items: list) -> list:
         """The items of all ranks, in the order of the ranks."""
@@ -172,9 +149,12 @@ def load_batches(dataset: data.Dataset, batches: list, workers: int, device: tor
 
 
 def leave_group(worker: int):
-    """Ctrl-C and SIGTERM go to a whole process group; they must not kill the workers, which the rank itself ends."""
+    """Signals to a process group, such as Ctrl-C, or to all processes of a job must not end the workers."""
     if hasattr(os, "setpgrp"):  # not on Windows
         os.setpgrp()
+    for number in SIGNALS:
+        if number != signal.SIGTERM:  # with which the rank itself ends them
+            signal.signal(number, signal.SIG_IGN)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -195,37 +175,6 @@ class Progress:
     best: float = -1.0  # top-1
 
 
-@dataclass
-class Run:
-    """What the functions below share."""
-
-    ranks: Ranks
-    settings: Settings
-    recipe: Recipe
-    options: argparse.Namespace
-    clips: list[int]  # how many training and test clips, compared on resume
-    model: D3T
-    net: torch.nn.Module  # the model as it is trained: compiled, wrapped for many ranks
-    optimizer: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler
-    progress: Progress
-    mean_loss: float = math.nan  # of this epoch, when it was last looked at
-    signal: int = 0  # that asked the run to stop
-
-    def logits(self, net: torch.nn.Module, batch: dict) -> torch.Tensor:
-        clip = [batch[key].to(self.ranks.device, non_blocking=True) for key in ("video", "joints", "visible")]
-        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.options.amp)
-        with torch.autocast(self.ranks.device.type, dtype=dtype, enabled=dtype is not None):
-            return net(*clip).float()
-
-    def bar(self, **how) -> tqdm:
-        return tqdm(leave=False, disable=self.ranks.rank > 0 or None, **how)  # None: only in a terminal
-
-    def on_signal(self, number, _):
-        self.signal = number
-        signal.signal(number, signal.SIG_DFL)  # a second one ends the process at once
-
-
 def learning_rate(recipe: Recipe, epochs: float) -> float:
     """Linear warm-up, then a cosine to zero, after a fractional number of epochs."""
     if epochs <= recipe.warmup:
@@ -233,7 +182,7 @@ def learning_rate(recipe: Recipe, epochs: float) -> float:
     return recipe.lr * 0.5 * (1 + math.cos(math.pi * (epochs - recipe.warmup) / (recipe.epochs - recipe.warmup)))
 
 
-def backward(run: Run, batches: list[dict]) -> torch.Tensor:
+def backward(run: "Run", batches: list[dict]) -> torch.Tensor:
     """Gradient of the mean loss over the global batch: the mean over micro-batches here, over ranks by DDP."""
     total = 0.0
     for i, batch in enumerate(batches):
@@ -246,8 +195,8 @@ def backward(run: Run, batches: list[dict]) -> torch.Tensor:
     return total
 
 
-def train_one_epoch(run: Run, dataset: data.Dataset) -> bool:
-    """Train on what is left of the epoch and save it; False if the run was asked to stop."""
+def train_one_epoch(run: "Run", dataset: data.Dataset):
+    """Train on what is left of the epoch and save it; SystemExit if the run was asked to stop."""
     ranks, recipe, progress, options = run.ranks, run.recipe, run.progress, run.options
     run.net.train()
     batches = training_batches(len(dataset), recipe, progress.epoch, progress.seen, ranks)
@@ -271,11 +220,10 @@ def train_one_epoch(run: Run, dataset: data.Dataset) -> bool:
             progress.step += 1
             progress.seen += recipe.batch
             sums += torch.stack([loss * recipe.batch, norm])
-            bad = [clip for batch in parts for clip in batch["bad"]]
-            signals, replaced = ranks.sum([run.signal, len(bad)]).tolist()  # all ranks take the same branch
-            if replaced:
-                note_bad_clips(run, ranks.gather(bad), len(dataset))
-            stop = signals > 0 or progress.step >= options.stop_after
+            told = ranks.gather([(run.signal, batch["bad"]) for batch in parts])  # all ranks take the same branch
+            note_bad_clips(run, [clip for _, bad in told for clip in bad], len(dataset))
+            run.signal = max(number for number, _ in told)
+            stop = run.signal > 0 or progress.step >= options.stop_after
             last = progress.seen + recipe.batch > len(dataset)
             save = stop or last or progress.step % options.save_every == 0
             if save or progress.step % 10 == 0:  # not at every step, because reading the sums waits for the device
@@ -285,12 +233,13 @@ def train_one_epoch(run: Run, dataset: data.Dataset) -> bool:
                 progress.seconds = time.time() - begin
                 save_checkpoint(run, "last.pt")
             bar.update(recipe.batch)
-    return not stop
+    if stop:
+        run.stop(f"after step {progress.step}")
 
 
-def check_sums(run: Run, sums: torch.Tensor):
+def check_sums(run: "Run", sums: torch.Tensor):
     """Copy the sum of the losses to `progress`; RunError if it or the sum of the gradient norms is not finite."""
-    loss, norm = (run.ranks.sum(sums.cpu()) / run.ranks.size).tolist()
+    loss, norm = np.mean(run.ranks.gather([sums.tolist()]), axis=0).tolist()
     overflows = run.scaler.is_enabled()  # with fp16, gradients may overflow: the scaler skips such a step
     if not math.isfinite(loss) or not (math.isfinite(norm) or overflows):
         raise RunError(
@@ -300,21 +249,20 @@ def check_sums(run: Run, sums: torch.Tensor):
     run.progress.loss, run.mean_loss = loss, loss / run.progress.seen
 
 
-def note_bad_clips(run: Run, bad: list[tuple[str, str]], clips: int):
+def note_bad_clips(run: "Run", bad: list[tuple[str, str]], clips: int):
     """Warn of replaced clips, each once an epoch; the run ends if they are more than one and more than 1 % of all."""
     known = run.progress.bad_clips
     for name, why in bad:
-        if name not in known:
-            known[name] = why
-            if run.ranks.rank == 0:
-                print(f"\nwarning: a clip was replaced by another one: {why[:500]}", file=sys.stderr, flush=True)
+        if name not in known and run.ranks.rank == 0:
+            print(f"\nwarning: a clip was replaced by another one: {why[:500]}", file=sys.stderr, flush=True)
+        known.setdefault(name, why)
     if len(known) > max(1, clips / 100):
         reasons = "\n".join(known.values())
         raise RunError(f"{len(known)} of {clips} clips, more than 1 %, cannot be read:\n{reasons}")
 
 
 @torch.no_grad()
-def evaluate(run: Run, dataset: data.Dataset) -> tuple[dict, dict]:
+def evaluate(run: "Run", dataset: data.Dataset) -> tuple[dict, dict]:
     """Accuracy over all clips, each counted once, and the scores: names, labels and logits of the clips in order."""
     ranks = run.ranks
     if ranks.size > 1:
@@ -328,18 +276,17 @@ def evaluate(run: Run, dataset: data.Dataset) -> tuple[dict, dict]:
     with run.bar(desc="testing", total=len(mine), unit="clip") as bar:
         for batch in load_batches(dataset, batches, run.options.workers, ranks.device):
             if run.signal:  # nothing is lost: the epoch was saved before its test
-                if ranks.rank == 0:
-                    print("stopped in a test; go on with --resume")
-                raise SystemExit(128 + run.signal)
+                run.stop("in a test")
             logits, done = run.logits(run.model, batch).cpu().numpy(), len(scores)
-            scores += zip(mine[done : done + len(logits)], batch["name"], batch["label"].tolist(), logits)
+            scores += zip(mine[done:], batch["name"], batch["label"].tolist(), logits)
             bar.update(len(logits))
     _, names, labels, logits = zip(*sorted(ranks.gather(scores), key=lambda score: score[0]))
     labels, logits = np.array(labels), np.stack(logits)
     right = logits.argmax(1) == labels
     by_class = [right[labels == label].mean() for label in np.unique(labels)]
     result = {"top1": float(right.mean()), "mean_class": float(np.mean(by_class)), "clips": len(labels)}
-    return result, {"names": np.array(names), "labels": labels, "logits": logits}
+    classes = np.array(run.source.classes)
+    return result, {"names": np.array(names), "labels": labels, "logits": logits, "classes": classes}
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -347,25 +294,20 @@ def evaluate(run: Run, dataset: data.Dataset) -> tuple[dict, dict]:
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def save_checkpoint(run: Run, name: str):
+def save_checkpoint(run: "Run", name: str):
     """Write a temporary file and rename it, so that a file of that name is always whole."""
     if run.ranks.rank > 0:
         return
-    path = run.options.out / name
+    path, source = run.options.out / name, run.source
     state = {part: getattr(run, part).state_dict() for part in ("model", "optimizer", "scaler")}
     state |= {part: asdict(getattr(run, part)) for part in ("progress", "settings", "recipe")}
-    state |= {"data": run.options.data, "clips": run.clips}
+    state |= {"data": run.options.data, "clips": [len(clips) for clips in source.clips.values()]}
+    state |= {"classes": source.classes, "joint_names": source.joint_names}
     temporary, buffer = path.with_suffix(".tmp"), io.BytesIO()
     torch.save(state, buffer)  # torch.save to a file aborts the process when the disk is full
-    try:
-        with temporary.open("wb") as file:
-            file.write(buffer.getbuffer())
-            file.flush()
-            os.fsync(file.fileno())
+    with errors_as(RunError, f"{path} cannot be written, the one before it stays"):
+        temporary.write_bytes(buffer.getbuffer())
         os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise RunError(f"{path} cannot be written, the one before it stays: {reason(error)}") from None
 
 
 def read_tensors(path: Path) -> dict:
@@ -380,15 +322,30 @@ def load_checkpoint(path: Path) -> dict:
         saved = read_tensors(path)
         for part, kind in (("settings", Settings), ("recipe", Recipe), ("progress", Progress)):
             kind(**saved[part])  # raises for the fields of another version and for invalid values
-        return {key: saved[key] for key in STATE}
+        rest = ("model", "optimizer", "scaler", "data", "clips", "classes", "joint_names")
+        return {part: saved[part] for part in ("settings", "recipe", "progress", *rest)}
 
 
-def load_trunk(model: D3T, path: Path):
-    """Load weights with torchvision's names, such as `r2plus1d_18`'s, into the trunk; layer4 and fc are not needed."""
-    with errors_as(UsageError, f"--weights {path} does not fit the trunk"):
-        weights = read_tensors(path)
-        weights = {key: value for key, value in weights.items() if not key.startswith(("layer4.", "fc."))}
-        model.trunk.load_state_dict(weights)
+def load_weights(model: D3T, path: Path) -> list[str]:
+    """Start from a checkpoint, or the trunk from torchvision's r2plus1d_18; returns what keeps its initial weights.
+
+    The checkpoint may have other classes, joints, T, H and W: tables over T and the token grid are interpolated.
+    """
+    with errors_as(UsageError, f"--weights {path} does not fit"):
+        saved = read_tensors(path)
+        if "model" not in saved:  # torchvision's layer4 and fc are not needed
+            model.trunk.load_state_dict({k: v for k, v in saved.items() if not k.startswith(("layer4.", "fc."))})
+            return []
+        old, weights, new = Settings(**saved["settings"]), saved["model"], model.state_dict()
+        model.trunk.load_state_dict({k.removeprefix("trunk."): v for k, v in weights.items() if k.startswith("trunk.")})
+        T, h, w = model.settings.grid
+        for key in weights.keys() & {"position_t", "position_p", "modal"}:  # (T, N, D)
+            weights[key] = F.interpolate(weights[key].permute(1, 2, 0), T, mode="linear").permute(2, 0, 1)
+        table = weights["position_s"].unflatten(1, old.grid[1:]).permute(0, 3, 1, 2)  # (1, D, h, w)
+        weights["position_s"] = F.interpolate(table, (h, w), mode="bilinear").flatten(2).transpose(1, 2)
+        fitting = {key for key in new.keys() & weights.keys() if new[key].shape == weights[key].shape}
+        model.load_state_dict({key: weights[key] for key in fitting}, strict=False)
+        return [key for key in new if key not in fitting]
 
 
 def must_go_on(options: argparse.Namespace) -> bool:
@@ -446,13 +403,12 @@ def parse_args(words: list[str] | None) -> tuple[argparse.Namespace, dict]:
     parser.error = fail
     group = parser.add_argument_group("data")
     data.add_flags(group)
-    add = group.add_argument
-    add("--workers", type=int, metavar="N", help="processes that load clips, for each rank [2; synthetic 1]")
+    group.add_argument("--workers", type=int, metavar="N", help="loading processes of each rank [2; synthetic 1]")
 
     add = parser.add_argument_group("run").add_argument
     add("--preset", choices=PRESETS, help="the defaults of training and model [paper; for synthetic clips tiny]")
     add("--out", type=Path, metavar="DIR", help="folder of the run [runs/DATA]")
-    add("--weights", type=Path, metavar="PATH", help="start the trunk from torchvision's r2plus1d_18 weights")
+    add("--weights", type=Path, metavar="PATH", help="start from a checkpoint, or its trunk from r2plus1d_18")
     add("--save-every", type=int, default=500, metavar="N", help="steps between two last.pt in an epoch [500]")
     add("--stop-after", type=int, default=math.inf, metavar="N", help="stop at this step, as by Ctrl-C [never]")
     add("--scores", type=Path, metavar="FILE.npz", help="with --eval: write names, labels and logits of the test clips")
@@ -468,34 +424,34 @@ def parse_args(words: list[str] | None) -> tuple[argparse.Namespace, dict]:
     for title, kind in (("training", Recipe), ("model", Settings)):
         add = parser.add_argument_group(title, kind.__doc__).add_argument
         for f in fields(kind):
-            if f.name in ("classes", "joints"):
+            if f.name not in DEFAULTS:
                 continue  # the data set knows
-            defaults = [str(f.default)] + [f"{name} {p[f.name]}" for name, p in PRESETS.items() if f.name in p]
+            others = [f"; {name} {p[f.name]}" for name, p in PRESETS.items() if p[f.name] != f.default]
+            text = f"{f.metadata['help']} [{f.default}{''.join(others)}]"
             how = {"type": f.type, "metavar": "WHAT" if f.type is str else "N"}
             how = {"action": argparse.BooleanOptionalAction} if f.type is bool else how
-            text = f"{f.metadata['help']} [{'; '.join(defaults)}]"
             add("--" + f.name.replace("_", "-"), **how, default=argparse.SUPPRESS, help=text)
 
     options = vars(parser.parse_args(words))
-    given = {f.name: options.pop(f.name) for kind in (Recipe, Settings) for f in fields(kind) if f.name in options}
+    given = {name: options.pop(name) for name in DEFAULTS if name in options}
     options = argparse.Namespace(**options)
     if options.eval and (options.preset or options.weights):
-        raise UsageError("--eval tests a checkpoint: it does not go with --preset or --weights")
+        fail("--eval tests a checkpoint: it does not go with --preset or --weights")
     if options.scores and not (options.eval and options.scores.suffix == ".npz" and not options.scores.exists()):
-        raise UsageError(f"--scores {options.scores} needs --eval, and a new file that ends with .npz")
+        fail(f"--scores {options.scores} needs --eval, and a new file that ends with .npz")
+    if options.workers is not None and options.workers < 0 or options.save_every < 1 or options.stop_after < 1:
+        fail("--workers must be 0 or more, --save-every and --stop-after 1 or more")
     if options.resume and options.preset:  # then all its values must be those of the run, but for these
-        given = {k: v for k, v in preset(options.preset).items() if k not in ("batch", "accumulate")} | given
+        given = {k: v for k, v in PRESETS[options.preset].items() if k not in ("batch", "accumulate")} | given
     synthetic = options.data == "synthetic"
     options.out = options.out or Path("runs", options.data)
     options.preset = options.preset or ("tiny" if synthetic else "paper")
     options.workers = (1 if synthetic else 2) if options.workers is None else options.workers
-    if options.workers < 0 or options.save_every < 1 or options.stop_after < 1:
-        raise UsageError("--workers must be 0 or more, --save-every and --stop-after 1 or more")
     options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if options.device == "cuda" and torch.cuda.device_count() <= LOCAL_RANK:
-        raise UsageError(f"--device cuda: torch sees {torch.cuda.device_count()} CUDA devices, too few for this run")
+        fail(f"--device cuda: torch sees {torch.cuda.device_count()} CUDA devices, too few for this run")
     if options.amp == "fp16" and options.device == "cpu":
-        raise UsageError("--amp fp16 needs CUDA; on a CPU use bf16 or off")
+        fail("--amp fp16 needs CUDA; on a CPU use bf16 or off")
     if options.amp is None and options.device == "cuda":
         options.amp = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     options.amp = options.amp or "off"
@@ -504,29 +460,26 @@ def parse_args(words: list[str] | None) -> tuple[argparse.Namespace, dict]:
 
 def configure(options: argparse.Namespace, given: dict, source: data.Source, saved: dict | None, ranks: Ranks):
     """Settings and recipe: from the checkpoint, else from the preset and the flags. UsageError where they clash."""
-    values = PRESETS[options.preset]
-    given = given | {"classes": len(source.classes), "joints": len(source.joint_names)}
+    values, clips = PRESETS[options.preset], [len(clips) for clips in source.clips.values()]
+    given = given | {"classes": len(source.classes), "joints": len(source.joint_names), "clips": clips}
     if saved:
-        values = saved["recipe"] | saved["settings"]
-        free = saved["recipe"].keys() if options.eval else {"batch", "accumulate"}  # may differ from the checkpoint
-        clash = [f"{k} is {values.get(k)}, not {v}" for k, v in given.items() if values.get(k) != v and k not in free]
+        values = DEFAULTS | saved["recipe"] | saved["settings"] | {"clips": saved["clips"]}
+        free = {"clips", *saved["recipe"]} if options.eval else {"batch", "accumulate"}  # may differ
+        clash = [f"{k} is {values[k]}, not {v}" for k, v in given.items() if values[k] != v and k not in free]
         if clash:
             raise UsageError("the checkpoint does not fit: " + "; ".join(clash))
     values = values | given
-    try:
-        settings = Settings(**{f.name: values[f.name] for f in fields(Settings) if f.name in values})
-        recipe = Recipe(**{f.name: values[f.name] for f in fields(Recipe) if f.name in values})
-    except ValueError as error:
-        raise UsageError(str(error)) from None
-    parts, clips = ranks.size * recipe.accumulate, len(source.clips["train"])
+    with errors_as(UsageError, "these settings do not go together"):
+        settings, recipe = (kind(**{f.name: values[f.name] for f in fields(kind)}) for kind in (Settings, Recipe))
+    parts = ranks.size * recipe.accumulate
     if recipe.batch % parts and not options.eval:
         raise UsageError(f"--batch {recipe.batch} does not divide by {parts}, the ranks times --accumulate")
-    if recipe.batch > clips and not options.eval:
-        raise UsageError(f"--batch {recipe.batch} is more than the {clips} training clips")
+    if recipe.batch > clips[0] and not options.eval:
+        raise UsageError(f"--batch {recipe.batch} is more than the {clips[0]} training clips")
     return settings, recipe
 
 
-def load_source(options: argparse.Namespace, ranks: Ranks) -> data.Source:
+def load_source(options: argparse.Namespace, saved: dict | None, ranks: Ranks) -> data.Source:
     """The data set, indexed once for all ranks; DataError if it has problems, or no clips to train and test on."""
     source = ranks.from_first(lambda: data.load(options))
     if source.problems:
@@ -538,66 +491,87 @@ def load_source(options: argparse.Namespace, ranks: Ranks) -> data.Source:
     train, test = len(source.clips["train"]), len(source.clips["test"])
     if not test or not (train or options.eval):
         raise DataError(f"{options.data} has {train} training and {test} test clips there, which is not enough")
-    return source
+    return data.match(source, saved["classes"], saved["joint_names"]) if saved else source
 
 
-def make_run(options: argparse.Namespace, given: dict) -> tuple[Run, data.Source]:
-    """A run in the state from which it starts or goes on, and its data set."""
-    ranks = Ranks.join(options.device)
-    if not options.eval:
-        options.resume = ranks.from_first(lambda: must_go_on(options))
-    path = options.eval or options.out / "last.pt"
-    saved = load_checkpoint(path) if options.eval or options.resume else None
-    if saved and saved["data"] != options.data:
-        raise UsageError(f"{path} was trained on {saved['data']}, not {options.data}: use --data {saved['data']}")
-    source = load_source(options, ranks)
-    clips = [len(source.clips["train"]), len(source.clips["test"])]
-    if options.resume and saved["clips"] != clips:
-        raise UsageError(f"{path} is of {saved['clips']} training and test clips, here are {clips}")
-    settings, recipe = configure(options, given, source, saved, ranks)
+class Run:
+    """What the functions of this file share, in the state from which the run starts or goes on."""
 
-    model, progress = make_model(settings, recipe, options), Progress()
-    optimizer = make_optimizer(model, recipe)
-    scaler = torch.amp.GradScaler(options.device, enabled=options.amp == "fp16")
-    if options.weights and not saved:
-        load_trunk(model, options.weights)
-    with errors_as(UsageError, f"{path} does not fit"):
-        if saved:
-            model.load_state_dict(saved["model"])
-        if options.resume:
-            optimizer.load_state_dict(saved["optimizer"])
-            progress = Progress(**saved["progress"])
-        if options.resume and saved["scaler"]:  # empty where it was off; where it is off now, this does nothing
-            scaler.load_state_dict(saved["scaler"])
-    net = DistributedDataParallel(model) if ranks.size > 1 and not options.eval else model
-    net = torch.compile(net) if options.compile else net
-    return Run(ranks, settings, recipe, options, clips, model, net, optimizer, scaler, progress), source
+    def __init__(self, options: argparse.Namespace, given: dict):
+        self.options, self.ranks = options, Ranks(options.device)
+        if not options.eval:
+            options.resume = self.ranks.from_first(lambda: must_go_on(options))
+        path = options.eval or options.out / "last.pt"
+        saved = load_checkpoint(path) if options.eval or options.resume else None
+        if saved and saved["data"] != options.data:
+            raise UsageError(f"{path} was trained on {saved['data']}, not {options.data}: use --data {saved['data']}")
+        self.source = load_source(options, saved, self.ranks)
+        self.settings, self.recipe = configure(options, given, self.source, saved, self.ranks)
+
+        self.model = make_model(self.settings, self.recipe, options)
+        self.optimizer = make_optimizer(self.model, self.recipe)
+        self.scaler = torch.amp.GradScaler(options.device, enabled=options.amp == "fp16")
+        self.progress = Progress()
+        self.mean_loss = math.nan  # of this epoch, when it was last looked at
+        self.signal = 0  # that asked the run to stop
+        if options.weights and not saved:
+            initial = load_weights(self.model, options.weights)
+            if initial and self.ranks.rank == 0:
+                print(f"{options.weights} does not fit everywhere, initial weights stay in: {', '.join(initial)}")
+        with errors_as(UsageError, f"{path} does not fit"):
+            if saved:
+                self.model.load_state_dict(saved["model"])
+            if options.resume:
+                self.optimizer.load_state_dict(saved["optimizer"])
+                self.progress = Progress(**saved["progress"])
+            if options.resume and saved["scaler"]:  # empty where it was off; where it is off now, this does nothing
+                self.scaler.load_state_dict(saved["scaler"])
+        # The model as it is trained: wrapped for many ranks, compiled.
+        self.net = DistributedDataParallel(self.model) if self.ranks.size > 1 and not options.eval else self.model
+        self.net = torch.compile(self.net) if options.compile else self.net
+
+    def dataset(self, split: str) -> data.Dataset:
+        s, recipe = self.settings, self.recipe
+        return data.Dataset(self.source, split, s.frames, s.height, s.width, recipe.seed, recipe.hide)
+
+    def logits(self, net: torch.nn.Module, batch: dict) -> torch.Tensor:
+        clip = [batch[key].to(self.ranks.device, non_blocking=True) for key in ("video", "joints", "visible")]
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.options.amp)
+        with torch.autocast(self.ranks.device.type, dtype=dtype, enabled=dtype is not None):
+            return net(*clip).float()
+
+    def bar(self, **how) -> tqdm:
+        return tqdm(leave=False, disable=self.ranks.rank > 0 or None, **how)  # None: only in a terminal
+
+    def on_signal(self, number, _):
+        self.signal = number
+        signal.signal(number, signal.SIG_DFL)  # a second one ends the process at once
+
+    def stop(self, where: str):
+        if self.ranks.rank == 0:
+            print(f"stopped {where}; go on with --resume")
+        raise SystemExit(self.signal and 128 + self.signal)
 
 
-def fit(run: Run, train: data.Dataset, test: data.Dataset) -> int:
-    """Train to the last epoch, with a test, a line of the log and a checkpoint after each; the exit status."""
-    options, first = run.options, run.ranks.rank == 0
+def fit(run: Run):
+    """Train to the last epoch, with a test, a line of the log and a checkpoint after each."""
+    options, first, begin = run.options, run.ranks.rank == 0, time.time()
     log = options.out / "log.jsonl"
     if first and not options.resume:
         for name in FILES:
             (options.out / name).unlink(missing_ok=True)
     elif first and log.exists():  # drop the lines of epochs that ended after the checkpoint
         log.write_text("".join(log.read_text().splitlines(keepends=True)[: run.progress.epoch]))
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, run.on_signal)
-
-    begin = time.time()
+    for number in SIGNALS:
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
+            signal.signal(number, run.on_signal)
+    train, test = run.dataset("train"), run.dataset("test")
     while run.progress.epoch < run.recipe.epochs:
-        if not train_one_epoch(run, train):
-            if first:
-                print(f"stopped after step {run.progress.step}; go on with --resume")
-            return 128 + run.signal if run.signal else 0
-        result, _ = evaluate(run, test)
-        finish_epoch(run, result, log)
+        train_one_epoch(run, train)
+        finish_epoch(run, evaluate(run, test)[0], log)
     if first:
         took = time.time() - begin
         print(f"best top-1 {run.progress.best:.2%}, {took:.0f} s; checkpoints and log.jsonl in {options.out}")
-    return 0
 
 
 def finish_epoch(run: Run, result: dict, log: Path):
@@ -635,25 +609,25 @@ def keep_memory():
 
 
 def main(words: list[str] | None = None) -> int:
+    """Train or test as the flags say; the exit status."""
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
     keep_memory()
+    data.escape_output()
     try:
-        run, source = make_run(*parse_args(words))
-        s, options = run.settings, run.options
-        if run.ranks.rank == 0:
+        run = Run(*parse_args(words))
+        options, first = run.options, run.ranks.rank == 0
+        if first:
             verb = f"goes on at step {run.progress.step}" if options.resume else "starts"
-            values = vars(options) | asdict(run.recipe) | asdict(s)
             print(f"D3T {'tests' if options.eval else verb}, torch {torch.__version__}, {run.ranks.size} x", end=" ")
+            values = vars(options) | asdict(run.recipe) | asdict(run.settings)
             print(*(f"{name}={value}" for name, value in values.items() if name != "preset"), flush=True)
-        train, test = (
-            data.Dataset(source, split, s.frames, s.height, s.width, run.recipe.seed, run.recipe.hide)
-            for split in ("train", "test")
-        )
         if not options.eval:
-            return fit(run, train, test)
-        result, scores = evaluate(run, test)
-        if run.ranks.rank == 0:
-            if options.scores:
-                np.savez(options.scores, classes=np.array(source.classes), **scores)
+            fit(run)
+            return 0
+        result, scores = evaluate(run, run.dataset("test"))
+        if first and options.scores:
+            np.savez(options.scores, **scores)
+        if first:
             print(json.dumps(result))
         return 0
     except (UsageError, RunError, DataError, OSError) as error:
@@ -661,21 +635,18 @@ def main(words: list[str] | None = None) -> int:
         return 2 if isinstance(error, UsageError) else 1
     except KeyboardInterrupt:  # before or after training, which has handlers of its own
         return 128 + signal.SIGINT
-    except SystemExit as stop:  # -h, or a signal in a test
+    except SystemExit as stop:  # -h, or a run that was asked to stop
         return stop.code
-
-
-def leave(status: int):
-    """End this process; if it is one of several, without the cleanup of its interpreter.
-
-    A thread of gloo frees the tensor of the last exchange, for which it takes the interpreter's lock. If the
-    interpreter ends just then, that aborts the process, and torchrun takes a finished run for a failed one.
-    """
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        sys.stdout.flush()
-        os._exit(status)
-    sys.exit(status)
+    finally:  # a notebook goes on
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 if __name__ == "__main__":
-    leave(record(main)())  # with `record`, torchrun shows the exception of the rank that failed first
+    status = record(main)()  # with `record`, torchrun shows the exception of the rank that failed first
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        # A thread of gloo frees the tensor of the last exchange, for which it takes the interpreter's lock. If the
+        # interpreter ends just then, that aborts the process, and torchrun takes a finished run for a failed one.
+        sys.stdout.flush()
+        os._exit(status)
+    sys.exit(status)
