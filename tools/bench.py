@@ -312,14 +312,14 @@ def scaling(s: Settings, options: argparse.Namespace):
     print(f"drawn to {options.out}")
 
 
-def bare_decoding(folder: Path, frames: np.ndarray, size: data.Size, crop: data.Crop) -> np.ndarray:
+def bare_decoding(folder: Path, frames: np.ndarray, size: data.Size, crop: data.Crop) -> data.Frames:
     """In place of `data.read_jpegs`: decode and scale the same frames as a whole, and keep nothing of them."""
     image_module = data.need("PIL.Image", "pillow", "to read frames")
     for frame in frames:
         with image_module.open(folder / f"{frame + 1:06d}.jpg") as image:
             image.draft("RGB", size[::-1])
             np.asarray(image.convert("RGB").resize(size[::-1], image_module.Resampling.BILINEAR))
-    return np.empty((0, 0, 0, 3), np.uint8)
+    return data.Frames(np.empty((0, 0, 0, 3), np.uint8))
 
 
 def write_jpegs(root: Path) -> data.Source:
@@ -330,7 +330,7 @@ def write_jpegs(root: Path) -> data.Source:
     for clip in source.clips["train"]:
         folder = root / clip.name
         folder.mkdir()
-        for t, frame in enumerate(data.draw(clip.media, np.arange(16), (270, 480), whole) + noise):
+        for t, frame in enumerate(data.draw(clip.media, np.arange(16), (270, 480), whole).video + noise):
             image.fromarray(frame.clip(0, 255).astype(np.uint8)).save(folder / f"{t + 1:06d}.jpg")
         clip.media, clip.size = folder, (270, 480)
     return source

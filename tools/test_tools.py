@@ -37,7 +37,7 @@ def trained(tmp_path_factory):
         saved = torch.load(run / "last.pt", weights_only=True)
         del saved["model"]["head.bias"]
         torch.save(saved, run / "lacks.pt")
-        np.savez(run / "joints.npz", keypoint=np.ones((1, 6, 13, 2)))
+        np.savez(run / "joints.npz", keypoint=np.full((1, 6, 13, 2), 9))
         test_d3t.write_video(run / "v.mp4", np.full((6, 32, 32, 3), 99, np.uint8))
         yield run
 
@@ -263,7 +263,7 @@ def test_sections_of_the_benchmark(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(bench, "step_memory", lambda *_: 2**30)  # it has a test of its own
     monkeypatch.setattr(train, "keep_memory", lambda: None)  # it would last for the life of this process
     monkeypatch.setattr(data, "synthetic", partial(data.synthetic, 1))  # with one clip in training
-    monkeypatch.setattr(data, "draw", lambda media, frames, size, crop: np.zeros((16, *size, 3)))
+    monkeypatch.setattr(data, "draw", lambda media, frames, size, crop: data.Frames(np.zeros((16, *size, 3))))
     flags = "--preset tiny --channels 4 --height 16 --width 24 --joints 8 --rounds 1 --matrix 64 --amp off"
     flags += f" --clips 3 --workers 0 --out {tmp_path} --no-temporal-attention"
     for section in ("loader", "scaling", "variants"):
@@ -341,10 +341,12 @@ def test_check_counts_what_is_there(workers, monkeypatch):
     def read(media, frames, size, crop):
         if media == "bad":
             raise data.BadClip(f"{media}: frames {frames.tolist()}")
+        return data.Frames(np.zeros((2, 16, 16, 3), np.uint8), size=media)
 
-    shown, hidden = np.array([[True, False], [True, True]]), np.zeros((2, 2), bool)
-    train = [data.Clip(name, name == "b", np.zeros((2, 2, 2)), shown, (9, 9), "") for name in "ab"]
-    test = [data.Clip("c", 1, np.zeros((2, 2, 2)), hidden, (9, 9), "bad")]
+    joints, shown, hidden = np.zeros((2, 2, 2)), np.array([[True, False], [True, True]]), np.zeros((2, 2), bool)
+    train = [data.Clip(name, name == "b", joints, shown, (9, 9), (18, 18)) for name in "ab"]
+    test = [data.Clip("c", 1, joints, hidden, (9, 9), (9, 9)), data.Clip("d", 1, joints, shown, (9, 9), "bad")]
+    test.append(data.Clip("e", 1, joints, shown, (9, 16), (16, 9)))
     source = data.Source(["\N{LATIN SMALL LETTER E WITH ACUTE}", "y"], ["head", "hand"], [], read)
     source.problems, source.missing, source.clips = ["P: broken"], ["M has no video"], {"train": train, "test": test}
     out = io.TextIOWrapper(io.BytesIO(), "ascii")
@@ -353,9 +355,10 @@ def test_check_counts_what_is_there(workers, monkeypatch):
     assert check.main(["--workers", f"{workers}"]) == 1
     out.flush()
     lines = [" ".join(line.split()) for line in out.buffer.getvalue().decode().splitlines()]
-    assert lines[1:5] == ["\\xe9 1 0", "y 1 1", "all 2 1", "6 frames, 2 joints, 50.0% of them visible"]
+    assert lines[1:5] == ["\\xe9 1 0", "y 1 3", "all 2 3", "6 frames, 2 joints, 50.0% of them visible"]
     assert lines[5] == "clips without a visible joint: c"
-    assert lines[6:] == ["M has no video", "P: broken", "bad: frames [0, 1]", "1 left out, 2 problems"]
+    assert lines[6:9] == ["M has no video", "P: broken", "bad: frames [0, 1]"]
+    assert "e refer to frames of 9 x 16" in lines[9] and lines[10:] == ["1 left out, 3 problems"]
     source.problems, source.clips["test"] = [], []
     assert check.check(source, workers) == 0
     source.clips["train"] = []
