@@ -18,6 +18,7 @@ with a product of two matrices in the same rounds and type. Memory is the larges
 import argparse
 import gc
 import itertools
+import os
 import sys
 import tempfile
 import time
@@ -197,6 +198,7 @@ def step_memory(version: Version, clips: int, device: torch.device) -> int:
         before = torch.cuda.memory_allocated()
         two_steps()
         return torch.cuda.max_memory_allocated() - before
+    os.environ["KINETO_LOG_LEVEL"] = "99"  # keeps the profiler from printing
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watched:
         two_steps()
     events = watched.profiler.kineto_results.events()

@@ -124,9 +124,7 @@ def test_pictures(trained, tmp_path, capsys):
     """Catches: pictures or arrays of another clip than they name, a flag that is ignored."""
     pytest.importorskip("matplotlib", reason="needs matplotlib, for pictures")
     assert explain.main([f"{trained}/last.pt", "--clips", "7", "--out", f"{tmp_path}/out"]) == 0
-    names = [
-        f"{file_name('7', 'test 7')}{ending}" for ending in ("-joints.png", "-overview.png", "-tokens.png", ".npz")
-    ]
+    names = [file_name("7", "test 7") + end for end in ("-joints.png", "-overview.png", "-tokens.png", ".npz")]
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == names
     saved, clip = train.load_checkpoint(trained / "last.pt"), data.Dataset(test_d3t.few_clips(), "test", 4, 16, 16)[7]
     model = D3T(Settings(**saved["settings"])).eval()
@@ -249,9 +247,9 @@ def test_figures_of_the_benchmark(monkeypatch, capsys):
 
 def test_memory_of_the_benchmark():
     """Catches: a peak without AdamW's averages or the gradients, a batch that takes no memory, checkpoints ignored."""
-    s = small(width=64, height=64)
+    s = small(width=40, height=40)
     one, two = (bench.step_memory(bench.Version(s), clips, CPU) for clips in (1, 2))
-    assert 4 * 4 * sum(p.numel() for p in D3T(s).parameters()) < one < two
+    assert 12 * sum(p.numel() for p in D3T(s).parameters()) < 2 * one - two < one < two  # weights and two averages
     assert one < bench.step_memory(bench.Version(s, checkpoints=True), 2, CPU) < two
 
 
@@ -285,7 +283,7 @@ def test_ablation(tmp_path, monkeypatch, capsys):
         started.append((given["modal_tokens"], given["seed"]))
         assert options.resume and given["frames"] == 4 and "lr" in given  # all settings, to compare with a checkpoint
         stderr.write(f"starts\n{env['OMP_NUM_THREADS']} threads\n")
-        time.sleep(0.02 * len(fails))
+        time.sleep(0.2 if len(started) == 1 else 0.02)  # so that the first one does not end first
         top1 = given["modal_tokens"] / 10 + given["seed"] / 100
         (options.out / "log.jsonl").write_text(f'{{"top1": 0.9}}\n{{"top1": {top1}}}\n')
         return subprocess.CompletedProcess(command, len(fails))
@@ -301,8 +299,12 @@ def test_ablation(tmp_path, monkeypatch, capsys):
         assert figures in path.read_text(encoding="utf-8") and figures in printed
     fails.append(started.clear())
     assert ablate.main([*command, *map(str, range(100))]) == 2
-    time.sleep(0.3)
-    assert len(started) < 200 and re.search("0/seed-.* ended with status 1: 2 threads", capsys.readouterr().err)
+    time.sleep(0.2)
+    count = len(started)
+    time.sleep(0.2)
+    assert len(started) == count < 300 and re.search(
+        "0/seed-.* ended with status 1: 2 threads", capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize("frames, stride", [(6, 2), (6, 4), (8, 2), (12, 3)])
@@ -399,7 +401,7 @@ def test_what_the_tools_refuse(tool, words, said, trained, monkeypatch, capsys):
 def test_predict(trained, tmp_path, monkeypatch, capsys):
     """Catches: names of other classes, scores or rows that are ignored, joints drawn elsewhere than in the model."""
     plots, given, drawn = pytest.importorskip("matplotlib.figure", reason="needs matplotlib, for pictures"), [], []
-    monkeypatch.setattr(plots.Figure, "savefig", lambda figure, path, **how: drawn.append(figure))
+    monkeypatch.setattr(plots.Figure, "savefig", lambda figure, path, **_: drawn.append((figure, path.touch())))
     monkeypatch.setattr(D3T, "forward", lambda _, *clip: (given.append(clip), torch.tensor([[0.0, 3, 1, 2, 0, -9]]))[1])
     saved = torch.load(trained / "last.pt", weights_only=True)
     settings = saved["settings"] | {"height": 96, "width": 96, "classes": 6}
@@ -418,7 +420,7 @@ def test_predict(trained, tmp_path, monkeypatch, capsys):
         assert predict.main(words) == 0
         shares = re.findall(r"(\S+)%  (\w)\n", capsys.readouterr().out)
         assert shares == [("62.4", "b"), ("23.0", "d"), ("8.4", "c"), ("3.1", "a"), ("3.1", "e")]
-        (shown, at, visible), axes = given.pop(), drawn.pop().axes
+        (shown, at, visible), axes = given.pop(), drawn.pop()[0].axes
         assert visible[0].sum(0).tolist() == [4 * (joint == 4) for joint in range(13)]
         for t, axis in enumerate(axes):
             marked = np.argwhere(shown[0, 0, t].numpy() > 140).mean(0)[::-1]
