@@ -346,10 +346,16 @@ def test_check_counts_what_is_there(workers, monkeypatch):
         return data.Frames(np.zeros((2, 16, 16, 3), np.uint8), size=media)
 
     joints, shown, hidden = np.zeros((2, 2, 2)), np.array([[True, False], [True, True]]), np.zeros((2, 2), bool)
-    train = [data.Clip(name, name == "b", joints, shown, (9, 9), (18, 18)) for name in "ab"]
-    test = [data.Clip("c", 1, joints, hidden, (9, 9), (9, 9)), data.Clip("d", 1, joints, shown, (9, 9), "bad")]
-    test.append(data.Clip("e", 1, joints, shown, (9, 16), (16, 9)))
-    source = data.Source(["\N{LATIN SMALL LETTER E WITH ACUTE}", "y"], ["head", "hand"], [], read)
+    train = [data.Clip(name, name == "b", None, shown, (9, 9), (18, 18)) for name in "ab"]
+    test = [data.Clip("c", 1, None, hidden, (9, 9), (9, 9)), data.Clip("d", 1, None, shown, (9, 9), "bad")]
+    test.append(data.Clip("e", 1, None, shown, (9, 16), (16, 9)))
+    source = data.Source(
+        ["\N{LATIN SMALL LETTER E WITH ACUTE}", "y"],
+        ["head", "hand"],
+        [],
+        read,
+        lambda clip: dataclasses.replace(clip, joints=joints),
+    )
     source.problems, source.missing, source.clips = ["P: broken"], ["M has no video"], {"train": train, "test": test}
     out = io.TextIOWrapper(io.BytesIO(), "ascii")
     monkeypatch.setattr(sys, "stdout", out)
