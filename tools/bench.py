@@ -6,7 +6,7 @@
     python -m tools.bench scaling     # time of each part against frames, resolution and joints, with a plot
     python -m tools.bench loader      # loading clips from JPEG against bare decoding
     python -m tools.bench variants    # layouts, compilation and batches (for CUDA)
-    python -m tools.bench all --joints 13 --rounds 9
+    python -m tools.bench all --joints 13
 
 The default is the paper's size, with the joints of Penn Action (13) and with those of two persons in NTU (50).
 
@@ -18,12 +18,11 @@ with a product of two matrices in the same rounds and type. Memory is the larges
 import argparse
 import gc
 import itertools
-import json
 import os
 import sys
 import tempfile
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, fields, replace
@@ -36,13 +35,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
-from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 import d3t
 import data
 import train
-from d3t import D3T, Settings
+from d3t import Settings
+from tools.common import tool
 
 CUDA = torch.cuda.is_available()
 TYPES = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -60,8 +59,8 @@ GIB = 2**30
 class Version:
     settings: Settings
     amp: str = "off"
-    plain: bool = False  # contiguous, without fused attention, all tokens of the last block
-    channels_last: bool = True  # unless plain
+    plain: bool = False  # without fused attention, all tokens of the last block
+    channels_last: bool = True
     compiled: bool = False
     checkpoints: bool = False
 
@@ -77,12 +76,11 @@ class Run:
     """A model that is trained as train.py does, with a learning rate of zero, so that its weights stay the same."""
 
     def __init__(self, version: Version, device: torch.device):
-        torch.manual_seed(0)
         self.version, self.device = version, device
-        self.model = D3T(version.settings).to(device)
-        self.channels_last = version.channels_last and not version.plain
-        if self.channels_last:
-            self.model.to(memory_format=torch.channels_last_3d)
+        options = argparse.Namespace(device=device, checkpointing=version.checkpoints)
+        self.model = train.make_model(version.settings, train.Recipe(), options)
+        if not version.channels_last:
+            self.model.to(memory_format=torch.contiguous_format)
         for module in self.model.modules():
             if isinstance(module, d3t.TokenSearch):  # the points of a trained search lie between the tokens
                 torch.nn.init.normal_(module.offset.weight, std=0.02)
@@ -90,15 +88,13 @@ class Run:
                 module.msa = partial(plain_msa, module)
             if isinstance(module, d3t.Block) and version.plain:
                 module.queries = None
-            if isinstance(module, d3t.Block) and version.checkpoints:  # as train.py --checkpointing
-                module.forward = partial(checkpoint, module.forward, use_reentrant=False)
         self.net = torch.compile(self.model, dynamic=False) if version.compiled else self.model
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.0, fused=True)
         self.scaler = torch.amp.GradScaler(device.type, init_scale=1024.0, enabled=version.amp == "fp16")
 
     def logits(self, batch: list[Tensor]) -> Tensor:
         video, joints, visible, _ = batch
-        video = video if self.channels_last else video.contiguous()
+        video = video if self.version.channels_last else video.contiguous()
         with torch.autocast(self.device.type, TYPES[self.version.amp], enabled=self.version.amp != "off"):
             return self.net(video, joints, visible).float()
 
@@ -128,8 +124,7 @@ def make_batch(s: Settings, clips: int, device: torch.device) -> list[Tensor]:
 
 
 def clock(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+    torch.get_device_module(device).synchronize()
     return time.perf_counter()
 
 
@@ -181,9 +176,9 @@ def by_part(run: Run, batch: list[Tensor], meter: Callable) -> dict[str, float]:
 def operations(s: Settings, clips: int, device: torch.device) -> dict[str, float]:
     """Operations of a forward by part: products of matrices, convolutions, attention; no trilinear sampling."""
     on_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # which torch's counter lacks
-    lacking = {on_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v)}
     run = Run(Version(s), device)
     run.model.requires_grad_(False)  # the counter fails on views of parameters where no gradient is recorded
+    lacking = {on_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v)}
     with FlopCounterMode(display=False, custom_mapping=lacking) as counter:
         return by_part(run, make_batch(s, clips, device), counter.get_total_flops)
 
@@ -206,10 +201,8 @@ def step_memory(version: Version, clips: int, device: torch.device) -> int:
     os.environ["KINETO_LOG_LEVEL"] = "99"  # keeps the profiler from printing
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watched:
         two_steps()
-    with tempfile.TemporaryDirectory() as folder:
-        watched.export_chrome_trace(f"{folder}/trace.json")
-        events = json.loads(Path(folder, "trace.json").read_text())["traceEvents"]
-    return max(event["args"]["Total Allocated"] for event in events if event.get("name") == "[memory]")
+    events = watched.profiler.kineto_results.events()
+    return max(itertools.accumulate(event.nbytes() for event in events if event.name() == "[memory]"))
 
 
 def row(name: str, *cells, form: str = "{}"):
@@ -255,7 +248,7 @@ def table(s: Settings, options: argparse.Namespace):
 
 def plain(s: Settings, options: argparse.Namespace):
     """Speed, memory and logits of each type beside the plain version in float32."""
-    versions = {"plain": Version(s, plain=True)} | {amp: Version(s, amp) for amp in options.amp}
+    versions = {"plain": Version(s, plain=True, channels_last=False)} | {amp: Version(s, amp) for amp in options.amp}
     speed(versions, options.batch, options)
     batch = make_batch(s, options.batch, options.device)
     first, *_ = logits = [Run(version, options.device).forward(batch) for version in versions.values()]
@@ -265,7 +258,7 @@ def plain(s: Settings, options: argparse.Namespace):
 
 def memory(s: Settings, options: argparse.Namespace):
     """Memory of a step, and the clips that fit in the 32 GiB of the paper's V100, from batches of 1 and 2."""
-    versions = {"plain": Version(s, plain=True)} | {amp: Version(s, amp) for amp in options.amp}
+    versions = {"plain": Version(s, plain=True, channels_last=False)} | {amp: Version(s, amp) for amp in options.amp}
     row("", *versions)
     for checkpoints in (False, True):
         ways = [replace(version, checkpoints=checkpoints) for version in versions.values()]
@@ -291,8 +284,7 @@ def variants(s: Settings, options: argparse.Namespace):
 
 def scaling(s: Settings, options: argparse.Namespace):
     """Time of each part of a float32 forward against frames, resolution and joints, beside its operations."""
-    plt = data.need("matplotlib.pyplot", "matplotlib", "to draw the plot")
-    plt.switch_backend("agg")
+    plots = data.need("matplotlib.figure", "matplotlib", "to draw the plot")
     device, work, flops = options.device, {}, {}
     for axis, size in ((axis, size) for axis, sizes in SWEEPS.items() for size in sizes):
         changed = replace(s, **({"height": size, "width": size} if axis == "resolution" else {axis: size}))
@@ -301,9 +293,9 @@ def scaling(s: Settings, options: argparse.Namespace):
         flops |= {((axis, size), part): count for part, count in operations(changed, 1, device).items()}
     times = take_turns(options, work)
 
-    figure, plots = plt.subplots(1, len(SWEEPS), figsize=(14, 4.4), layout="constrained")
+    figure = plots.Figure(figsize=(14, 4.4), layout="constrained")
     row("time ~ size ^ exponent", "measured", "operations")
-    for plot, (axis, sizes) in zip(plots, SWEEPS.items()):
+    for plot, (axis, sizes) in zip(figure.subplots(1, len(SWEEPS)), SWEEPS.items()):
         print(f"  {axis} {', '.join(map(str, sizes))}")
         for part in PARTS[1:]:
             took, count = (np.array([cost[(axis, size), part] for size in sizes]) for cost in (times, flops))
@@ -317,20 +309,19 @@ def scaling(s: Settings, options: argparse.Namespace):
         plot.set_xticks(sizes, sizes)
         plot.minorticks_off()
         plot.legend(fontsize=7)
-    path = options.out / f"scaling-{s.joints}.png"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
-    print(f"drawn to {path}")
+    options.out.mkdir(parents=True, exist_ok=True)
+    figure.savefig(options.out / f"scaling-{s.joints}.png", dpi=110)
+    print(f"drawn to {options.out}")
 
 
-def bare_decoding(folder: Path, frames: np.ndarray, size: data.Size, crop: data.Crop) -> np.ndarray:
+def bare_decoding(folder: Path, frames: np.ndarray, size: data.Size, crop: data.Crop) -> data.Frames:
     """In place of `data.read_jpegs`: decode and scale the same frames as a whole, and keep nothing of them."""
     image_module = data.need("PIL.Image", "pillow", "to read frames")
     for frame in frames:
         with image_module.open(folder / f"{frame + 1:06d}.jpg") as image:
             image.draft("RGB", size[::-1])
             np.asarray(image.convert("RGB").resize(size[::-1], image_module.Resampling.BILINEAR))
-    return np.empty((0, 0, 0, 3), np.uint8)
+    return data.Frames(np.empty((0, 0, 0, 3), np.uint8))
 
 
 def write_jpegs(root: Path) -> data.Source:
@@ -341,26 +332,22 @@ def write_jpegs(root: Path) -> data.Source:
     for clip in source.clips["train"]:
         folder = root / clip.name
         folder.mkdir()
-        for t, frame in enumerate(data.draw(clip.media, np.arange(16), (270, 480), whole) + noise):
+        for t, frame in enumerate(data.draw(clip.media, np.arange(16), (270, 480), whole).video + noise):
             image.fromarray(frame.clip(0, 255).astype(np.uint8)).save(folder / f"{t + 1:06d}.jpg")
         clip.media, clip.size = folder, (270, 480)
     return source
-
-
-def drain(dataset: data.Dataset, clips: int, workers: int, size: int = 16):
-    order = [(i // len(dataset), i % len(dataset)) for i in range(clips)]  # (epoch, clip)
-    batches = [order[i : i + size] for i in range(0, clips, size)]
-    for _ in train.load_batches(dataset, batches, workers, torch.device("cpu")):
-        pass
 
 
 def loader(s: Settings, options: argparse.Namespace):
     """Loading clips from JPEG against bare decoding by as many processes."""
     with tempfile.TemporaryDirectory() as folder:
         source, loads = write_jpegs(Path(folder)), {}
+        order = [divmod(i, len(source.clips["train"])) for i in range(options.clips)]  # (epoch, clip)
+        batches = [order[i : i + 16] for i in range(0, options.clips, 16)]
         for name, read in (("bare", bare_decoding), ("loader", data.read_jpegs)):
             dataset = data.Dataset(replace(source, read=read), "train", s.frames, s.height, s.width)
-            loads[name] = partial(drain, dataset, options.clips, options.workers)
+            loaded = train.load_batches(dataset, batches, options.workers, torch.device("cpu"))
+            loads[name] = partial(deque, loaded, maxlen=0)  # takes them all and keeps none
         times = take_turns(options, {"": loads})
     bare, ours = (options.clips / times["", name] for name in loads)
     row(f"{options.workers} workers", *loads, "ratio")
@@ -381,12 +368,10 @@ def parse_args(words: list[str] | None) -> tuple[argparse.Namespace, list[Settin
     add("--batch", type=int, default=8 if CUDA else 1, metavar="N", help="clips of forward and step [1; CUDA 8]")
     add("--batches", type=int, nargs="+", metavar="N", help="variants: batches to try [--batch]")
     add("--compile", action="store_true", help="variants: compiled ones, too")
-    amps = [*TYPES][: 3 if CUDA else 2]
-    add("--amp", nargs="+", choices=TYPES, default=amps, help="types [off bf16; CUDA off bf16 fp16]")
+    add("--amp", nargs="+", choices=TYPES, default=[*TYPES][: 2 + CUDA], help="types [off bf16; CUDA off bf16 fp16]")
     add("--device", choices=("cpu", "cuda"), default="cuda" if CUDA else "cpu", help="[cuda where there is one]")
     add("--rounds", type=int, default=5, metavar="N", help="of each measurement [5]")
-    text = "rows of the matrices of the product [4096; CUDA 8192]"
-    add("--matrix", type=int, default=8192 if CUDA else 4096, metavar="N", help=text)
+    add("--matrix", type=int, default=8192 if CUDA else 4096, metavar="N", help="rows of a matrix [4096; CUDA 8192]")
     add("--workers", type=int, default=2, metavar="N", help="processes that load clips [2]")
     add("--clips", type=int, default=64, metavar="N", help="that they load in a round [64]")
     add("--out", type=Path, default=Path("bench"), metavar="DIR", help="folder of the plots [bench]")
@@ -398,17 +383,16 @@ def parse_args(words: list[str] | None) -> tuple[argparse.Namespace, list[Settin
             add("--" + f.name.replace("_", "-"), **how, default=argparse.SUPPRESS, help=text)
     options = parser.parse_args(words)
     if min(options.batch, options.matrix, options.rounds, options.clips, *(options.batches or [])) < 1:
-        parser.error("--batch, --batches, --matrix, --rounds and --clips must be 1 or more")
+        raise data.UsageError("--batch, --batches, --matrix, --rounds and --clips must be 1 or more")
     options.device, options.product = torch.device(options.device), 2 * options.matrix**3  # operations of the product
     values = train.PRESETS[options.preset] | vars(options)
     values = {f.name: values[f.name] for f in fields(Settings) if f.name in values}
-    try:
+    with data.errors_as(data.UsageError, "a model of these flags cannot be made"):
         return options, [Settings(**values | {"joints": R}) for R in options.joints]
-    except ValueError as error:
-        parser.error(str(error))
 
 
-def main(words: list[str] | None = None) -> int:
+@tool("tools.bench")
+def main(words: list[str] | None = None):
     options, several = parse_args(words)
     train.keep_memory()
     torch.backends.cudnn.allow_tf32 = False  # the same float32 as in the product of matrices; in training it is True
@@ -418,11 +402,7 @@ def main(words: list[str] | None = None) -> int:
             size = f"T={s.frames} {s.height}x{s.width} C={s.channels} L={s.blocks} R={s.joints}, batch {options.batch}"
             print(f"\n{title}: {size}, {options.rounds} rounds, {name}, torch {torch.__version__}")
             section(s, options)
-    return 0
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except data.DataError as error:  # a package that is not installed
-        sys.exit(f"tools.bench: {error}")
+    sys.exit(main())

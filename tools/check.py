@@ -18,14 +18,12 @@ from tools.common import tool
 
 def read_clip(source: data.Source, clip: data.Clip) -> tuple[int, int, str]:
     """Read every frame of a clip; returns its frames, its visible joints and its problem, "" if there is none."""
-    frames = visible = 0
     try:
-        clip = source.annotate(clip)
-        frames, visible = len(clip.joints), int(clip.visible.sum())
-        source.read(clip.media, np.arange(frames), (16, 16), (slice(0, 16), slice(0, 16)))
-        return frames, visible, ""
+        crop = slice(0, 16), slice(0, 16)
+        _, _, visible = data.read_clip(source, source.annotate(clip), np.arange, (16, 16), crop)
+        return len(visible), int(visible.sum()), ""
     except data.BadClip as error:
-        return frames, visible, str(error)
+        return 0, 0, str(error)
 
 
 def check(source: data.Source, workers: int) -> int:
@@ -55,7 +53,7 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--workers", type=int, default=2, metavar="N", help="processes that read frames [2]")
     options = parser.parse_args(words)
     if options.workers < 0:
-        parser.error("--workers must be 0 or more")
+        raise data.UsageError("--workers must be 0 or more")
     return check(data.load(options), options.workers)
 
 

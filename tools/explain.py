@@ -275,8 +275,7 @@ def main(words: list[str] | None = None):
     options = parser.parse_args(words)
     model, saved = load_model(options.checkpoint)
     options.data = options.data or saved["data"]
-    source = data.load(options)
-    source = data.match(source, saved["classes"], saved["joint_names"]) or source
+    source = data.match(data.load(options), saved["classes"], saved["joint_names"])
     clips = clips_to_test(source, saved)
     for number in options.clips:
         if not 0 <= number < len(clips):

@@ -29,7 +29,7 @@ SHOWN, COLUMNS = 5, 4  # classes that are printed, frames in a row of the pictur
 def read_joints(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
     """`keypoint` and `keypoint_score` of an .npz file; UsageError if it is none or lacks `keypoint`."""
     what = f"{path}: expected an .npz file with keypoint (M, frames, K, 2 or 3)"
-    with data.errors_as(data.UsageError, what), np.load(path) as arrays:  # which refuses pickles
+    with data.errors_as(data.UsageError, what), np.lib.npyio.NpzFile(path) as arrays:  # which refuses pickles
         return arrays["keypoint"], arrays.get("keypoint_score")
 
 
