@@ -951,6 +951,7 @@ def test_a_bad_clip_ends_a_test_with_one_line(tmp_path, workers, damage):
     dataset = data.Dataset(data.penn_action([tmp_path]), "test", 8, 24, 24)
     with pytest.raises(data.BadClip) as error:
         list(torch.utils.data.DataLoader(dataset, collate_fn=data.collate, num_workers=workers))
+    error.value.__traceback__ = None  # it is in a cycle with the loader, which takes 5 s to end when that is collected
     line, said = str(error.value), "truncated" if damage == "cut" else "identify"
     assert line.startswith(f"{path}: ") and "\n" not in line and said in line
 
@@ -1894,17 +1895,15 @@ def test_a_bad_clip_counts_once():
 
 
 def test_bad_clips_of_a_run(penn, fit, tmp_path):
-    """Catches: bad clips that are not counted or told, a test that leaves out a clip, a worker's traceback."""
+    """Catches: bad clips that are not counted or told, a test that leaves out a clip."""
     flags = f"--data pennaction --root {penn} --frames 8 --batch 60"
     (penn / "frames" / "0002" / "000003.jpg").write_bytes(b"")
     status, printed = fit(f"{flags} --epochs 2")
     assert status == 0 and [line["bad"] for line in log_of(tmp_path / "run")] == [1, 1]
     assert printed.count("warning: a clip was replaced") == 2 and "0002/000003.jpg" in printed  # once an epoch
     (penn / "frames" / "0003" / "000001.jpg").unlink()
-    for workers in (0, 1):
-        status, printed = fit(f"{flags} --eval {tmp_path}/run/best.pt --workers {workers}")
-        assert status == 1 and printed.splitlines()[-1].startswith("train.py: ") and "0003/000001.jpg" in printed
-        assert "Traceback" not in printed
+    status, printed = fit(f"{flags} --eval {tmp_path}/run/best.pt")
+    assert status == 1 and printed.splitlines()[-1].startswith("train.py: ") and "0003/000001.jpg" in printed
 
 
 def test_scores(fit, tmp_path, whole):
