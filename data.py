@@ -379,16 +379,17 @@ def penn_label(path: Path) -> tuple[str, Clip]:
     from scipy.io import loadmat
 
     label = loadmat(path)
-    action, split = str(label["action"].item()), {1: "train", -1: "test"}[label["train"].item()]
-    if action not in PENN_ACTIONS:
-        raise ValueError(f"unknown action {action!r}")
+    action, train = str(label["action"].item()), label["train"].item()
+    if action not in PENN_ACTIONS or train not in (1, -1):
+        raise ValueError(f"action {action!r}, train {train}: expected one of the 15 actions, and 1 or -1")
     joints, seen = np.stack([label["x"], label["y"]], -1).astype(np.float32), label["visibility"]
     if not len(joints) or joints.shape[1:] != (13, 2) or seen.shape != joints.shape[:2]:
         raise ValueError(f"x, y have shape {joints.shape[:-1]}, visibility {seen.shape}, expected (frames, 13)")
     absent = (seen != 1) & (joints[..., 0] == joints[..., 1]) & (joints[..., 0] < 2)
     visible = np.isfinite(joints).all(-1) & ~absent
     size, folder = tuple(label["dimensions"].ravel()[:2].tolist()), path.parents[1] / "frames" / path.stem
-    return split, Clip(path.stem, PENN_ACTIONS.index(action), joints - 1, visible, size, folder)  # MATLAB starts at 1
+    clip = Clip(path.stem, PENN_ACTIONS.index(action), joints - 1, visible, size, folder)  # MATLAB starts at 1
+    return ("train" if train == 1 else "test"), clip
 
 
 def read_jpegs(folder: Path, frames: np.ndarray, size: Size, crop: Crop) -> Frames:
@@ -719,7 +720,8 @@ def read_pickle(path: Path, splits: tuple[str, str]) -> tuple[Source, dict, set[
         for each in (joints, classes, numbers):
             if len({*each}) < len(each) or not {*numbers} <= {*range(len(joints))}:
                 raise ValueError(f"one of joint_names, label_names, flip_pairs is there twice or unknown: {each}")
-    return Source([*classes], [*joints], [*pairs], read_video, length=video_length, spread=True), entries, train, test
+    classes, joints = [*map(str, classes)], [*map(str, joints)]  # a checkpoint refuses strings of numpy
+    return Source(classes, joints, [*pairs], read_video, length=video_length, spread=True), entries, train, test
 
 
 def pyskl(roots: list[Path], annotations: Path, split_train="train", split_val="val", min_score=0.0) -> Source:

@@ -959,8 +959,8 @@ def test_a_bad_clip_ends_a_test_with_one_line(tmp_path, workers, damage):
 
 
 LABELS = {
-    "unknown action 'juggling'": dict(action="juggling"),
-    "KeyError(0)": dict(train=0),
+    "action 'juggling', train 1: expected one of the 15 actions, and 1 or -1": dict(action="juggling"),
+    "train 0: expected one of the 15 actions, and 1 or -1": dict(train=0),
     "visibility (8, 12), expected (frames, 13)": dict(visibility=np.ones((8, 12))),
 }
 
@@ -2076,6 +2076,7 @@ def test_training_on_videos(fit, tmp_path):
         write_video(tmp_path / f"{name}.avi", numbered(12, 40, 60)[:: 1 if i % 2 else -1])
     annotations = [entry(name, persons=1 + (i > 12), label=i % 2, img_shape=(40, 60)) for i, name in enumerate(names)]
     content = {"split": {"a": names[:10], "b": [*names[10:15], "gone"]}, "annotations": annotations}
+    content["label_names"] = np.array(["sit", "stand"])
     (tmp_path / "own.pkl").write_bytes(pickle.dumps(content))
     flags = f"--data pyskl --root {tmp_path} --annotations {tmp_path}/own.pkl --split-train a --split-val b"
     for workers in (0, 1):
@@ -2083,6 +2084,7 @@ def test_training_on_videos(fit, tmp_path):
         assert status == 0 and "1 clips are left out: gone has no annotation" in printed
     same_runs(tmp_path / "run-0", tmp_path / "run-1")
     assert len(checkpoint(tmp_path / "run-0")["joint_names"]) == 34
+    assert checkpoint(tmp_path / "run-0")["classes"] == ["sit", "stand"]
     content["split"]["b"] = names[10:]
     (tmp_path / "own.pkl").write_bytes(pickle.dumps(content))
     status, printed = fit(f"{flags} --resume --epochs 1", out="run-0")

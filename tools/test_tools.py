@@ -458,7 +458,7 @@ def test_samples_of_the_search():
     for z, code, at in zip(Z, 13 * label, marked.tolist()):
         assert all(max(abs(a - p) for a, p in zip(at, point)) >= 1 for point in [(0.5, 2, 2), (0.5, 2, 3)])
         for n in np.ndindex(2, 5, 6):
-            assert z[n][:3].tolist() == [search.SCALE * (a - i) for a, i in zip(at, n)]
+            assert z[n][:3].tolist() == pytest.approx([search.SCALE / 6 * (a - i) for a, i in zip(at, n)])
             assert z[n][3:].tolist() == [code + i + 1 if [*n] == at else 0 for i in range(13)]
     assert len(marked.unique(dim=0)) == 2 * (5 * 6 - 2)
 
