@@ -2226,20 +2226,35 @@ def slow(words):
         return train.main(words)
 
 
+def start_slow(folder, *words, ranks=1):
+    """Processes that have saved a step and are still training."""
+    started = start(folder, "--save-every", 2, "--out", folder / "run", *words, function=slow, ranks=ranks)
+    end = time.time() + 60
+    while not (folder / "run" / "last.pt").exists():
+        assert time.time() < end and started[0].is_alive(), (folder / "0").read_text()
+        time.sleep(0.02)
+    return started
+
+
 @pytest.mark.parametrize("name, workers", [("SIGUSR1", 1), ("SIGTERM", 1), ("SIGKILL", 0)])
 def test_a_run_that_is_stopped_goes_on(name, workers, fit, tmp_path, whole):
-    """Catches: workers that a signal to the group ends, a half-written checkpoint, steps lost or taken twice."""
-    number, words = getattr(signal, name), ("--save-every", 2, "--workers", workers, "--out", tmp_path / "run")
-    (started,) = start(tmp_path, *words, function=slow)
-    end = time.time() + 60
-    while not (tmp_path / "run" / "last.pt").exists():
-        assert time.time() < end and started.is_alive(), (tmp_path / "0").read_text()
-        time.sleep(0.02)
-    os.killpg(started.pid, number)  # as a terminal and a batch system do
+    """Catches: workers that a signal ends, a half-written checkpoint, steps lost or taken twice."""
+    (started,), number = start_slow(tmp_path, "--workers", workers), getattr(signal, name)
+    if name == "SIGUSR1":  # as a batch system sends it, to every process
+        for pid in Path(f"/proc/{started.pid}/task/{started.pid}/children").read_text().split():
+            os.kill(int(pid), number)
+    os.killpg(started.pid, number)  # as a terminal does
     assert statuses([started]) == [-number if name == "SIGKILL" else 128 + number]
     assert 2 <= checkpoint(tmp_path / "run")["progress"]["step"] < 10
     assert fit("--resume")[0] == 0
     same_runs(tmp_path / "run", whole)
+
+
+def test_a_signal_to_one_rank_stops_all(tmp_path):
+    """Catches: ranks that take different branches after a signal, and wait for each other for ever."""
+    started = start_slow(tmp_path, ranks=2)
+    os.kill(started[1].pid, signal.SIGTERM)
+    assert statuses(started) == [128 + signal.SIGTERM] * 2
 
 
 def test_the_script_under_torchrun(tmp_path):
