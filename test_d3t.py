@@ -1939,10 +1939,10 @@ def test_a_full_disk(fit, tmp_path, stopped, monkeypatch):
     """Catches: the last good checkpoint lost to one that did not fit, a status of 0."""
     shutil.copytree(stopped, tmp_path / "run")
 
-    def full(self, content):
+    def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_bytes", full)
+    monkeypatch.setattr(os, "replace", full)
     status, printed = fit("--resume")
     assert status == 1 and "last.pt cannot be written" in printed.splitlines()[-1] and "No space left" in printed
     assert (tmp_path / "run" / "last.pt").read_bytes() == (stopped / "last.pt").read_bytes()
@@ -2156,9 +2156,13 @@ def start(folder, *words, function=train.main, ranks=1):
 
 
 def statuses(started):
+    """The exit statuses of processes; None for one that has not ended after a minute, and is killed."""
     for each in started:
         each.join(60)
-    return [each.exitcode for each in started]
+    ended = [each.exitcode for each in started]
+    for each in started:
+        each.kill()
+    return ended
 
 
 def save_gradient(words):
@@ -2196,10 +2200,12 @@ def test_one_two_and_four_ranks_take_the_same_step(tmp_path):
 
 def test_three_ranks_test_every_clip_once(tmp_path, whole):
     """Catches: clips counted twice or left out where they do not divide by the ranks, a result printed by each rank."""
-    assert statuses(start(tmp_path, "--eval", whole / "last.pt", ranks=3)) == [0] * 3
+    path = tmp_path / "scores.npz"
+    assert statuses(start(tmp_path, "--eval", whole / "last.pt", "--scores", path, ranks=3)) == [0] * 3
     printed, *others = ((tmp_path / str(rank)).read_text() for rank in range(3))
     result = json.loads(printed.splitlines()[-1])
     assert log_of(whole)[-1] == log_of(whole)[-1] | result and others == ["", ""]
+    assert np.load(path)["names"].tolist() == [f"test {i}" for i in range(11)]
 
 
 def fail_on_rank_1(words):
@@ -2243,6 +2249,7 @@ def test_a_run_that_is_stopped_goes_on(name, workers, fit, tmp_path, whole):
     if name == "SIGUSR1":  # as a batch system sends it, to every process
         for pid in Path(f"/proc/{started.pid}/task/{started.pid}/children").read_text().split():
             os.kill(int(pid), number)
+        time.sleep(0.3)  # a worker that ended would be noticed
     os.killpg(started.pid, number)  # as a terminal does
     assert statuses([started]) == [-number if name == "SIGKILL" else 128 + number]
     assert 2 <= checkpoint(tmp_path / "run")["progress"]["step"] < 10
