@@ -10,17 +10,18 @@
     bad      list of (str, str)      name and "FILE: reason" of the clips that this one replaces (training only)
 
 A source is a function that takes folders and returns a `Source`: its clips with their joints, and how to read a crop of
-frames by number. Joints and pictures are compared: a length that differs by more than a tenth, or a frame of another
-shape, is a bad clip. To add a data set, write that function and enter it in `SOURCES` at the end of this file, by the
-name that `--data` shall take. This one reads ROOT/CLASS/NAME.mp4 with ROOT/CLASS/NAME.npy, joints (frames, 2, 2):
+frames by number. Joints and videos are compared: a length that differs by more than a tenth (but not in pickles, whose
+joints are spread), a frame of another shape, or joints of which most lie outside it make a bad clip. To add a data set,
+write that function and enter it in `SOURCES` at the end of this file, by the name that `--data` shall take. This one
+reads ROOT/CLASS/NAME.mp4 with ROOT/CLASS/NAME.npy, joints (frames, 2, 2):
 
     def two_hands(roots):
         source = Source(["clap", "wave"], ["left hand", "right hand"], [(0, 1)], read_video)
         for path in sorted(roots[0].glob("*/*.mp4")):
             joints = np.load(path.with_suffix(".npy")).astype(np.float32)  # a row for each frame, NaN where absent
             visible, label = np.isfinite(joints).all(-1), source.classes.index(path.parent.name)
-            split = "test" if path.stem.endswith("0") else "train"
-            source.clips[split].append(Clip(path.stem, label, joints, visible, (360, 640), path))
+            name, split = f"{path.parent.name}/{path.stem}", "test" if path.stem.endswith("0") else "train"
+            source.clips[split].append(Clip(name, label, joints, visible, (360, 640), path))
         return source
 
     SOURCES["two_hands"] = (two_hands, ["datasets/two_hands"])
@@ -75,7 +76,8 @@ Crop = tuple[slice, slice]  # rows and columns
 class Clip:
     name: str
     label: int
-    # (n, R, 2) float32, x then y, in pixels of the full frame, first pixel centre (0, 0); joints after the R are absent
+    # (n, R, 2) float32, x then y, in pixels of the full frame, first pixel centre (0, 0); with fewer joints than the
+    # source has names, the last ones are absent
     joints: np.ndarray | None
     visible: np.ndarray | None  # (n, R) bool; both are None until the source's `annotate` has read the joints
     size: Size  # of the frames that the joints refer to
@@ -155,6 +157,9 @@ def read_clip(source: Source, clip: Clip, choose: Callable[[int], np.ndarray], s
     if shown and not source.squeezed and abs(shown[0] * clip.size[1] / (shown[1] * clip.size[0]) - 1) > SHAPES_DIFFER:
         sides = "the joints of {} refer to frames of {} x {}, but the video has {} x {} (height x width)"
         raise BadClip(f"{clip.media}: " + sides.format(clip.name, *clip.size, *shown))
+    inside = ((clip.joints > -1) & (clip.joints < clip.size[::-1])).all(-1)
+    if 2 * (inside & clip.visible).sum() < clip.visible.sum():
+        raise BadClip(f"{clip.media}: most joints of {clip.name} lie outside its frames of {clip.size} (height, width)")
     absent = (0, len(source.joint_names) - clip.joints.shape[1])  # persons that others have
     joints = np.pad(clip.joints[row[frames]], ((0, 0), absent, (0, 0)))
     return video, joints, np.pad(clip.visible[row[frames]], ((0, 0), absent))
@@ -206,7 +211,7 @@ class Dataset(torch.utils.data.Dataset):
             try:
                 return self.load(self.clips[index], rng) | {"bad": bad}
             except BadClip as error:
-                bad.append((self.clips[index].name, str(error)))
+                bad.append((str(self.clips[index].name), str(error)))
                 if not self.train or len(bad) > 10:
                     raise BadClip("; ".join(why for _, why in bad)) from None
                 index = (index + 1) % len(self)
@@ -718,8 +723,8 @@ def read_pickle(path: Path, splits: tuple[str, str]) -> tuple[Source, dict, set[
         joints, pairs = (content["joint_names"], content["flip_pairs"]) if own else (COCO_JOINTS, COCO_PAIRS)
         classes, numbers = content.get("label_names", []), [joint for pair in pairs for joint in pair]
         for each in (joints, classes, numbers):
-            if len({*each}) < len(each) or not {*numbers} <= {*range(len(joints))}:
-                raise ValueError(f"one of joint_names, label_names, flip_pairs is there twice or unknown: {each}")
+            if isinstance(each, (str, dict)) or len({*each}) < len(each) or not {*numbers} <= {*range(len(joints))}:
+                raise ValueError(f"joint_names, label_names, flip_pairs: expected lists, each name once, not {each}")
     classes, joints = [*map(str, classes)], [*map(str, joints)]  # a checkpoint refuses strings of numpy
     return Source(classes, joints, [*pairs], read_video, length=video_length, spread=True), entries, train, test
 
@@ -766,7 +771,7 @@ def pyskl_clip(name: str, entry: dict, k: int, class_count: int, min_score: floa
         raise ValueError(f"keypoint has {joints.shape[2]} joints, expected {k}: those of joint_names, or of COCO")
     label, (height, width), n = int(entry["label"]), map(int, entry["img_shape"]), len(joints)
     if label != entry["label"] or not 0 <= label < class_count:  # each number below the largest label is a class, too
-        raise ValueError(f"label {entry['label']}, expected a whole number below {class_count}")
+        raise ValueError(f"label {entry['label']!r}, expected a whole number below {class_count}")
     if min(height, width) < 1:
         raise ValueError(f"img_shape is {entry['img_shape']}, expected (height, width)")
     joints, visible = joints[:, :2].reshape(n, -1, 2), visible[:, :2].reshape(n, -1)
@@ -834,13 +839,15 @@ def load(options: argparse.Namespace) -> Source:
     for root in options.root or []:
         if not root.is_dir():
             raise UsageError(f"--root: there is no folder {root}")
+    if options.annotations and not options.annotations.is_file():
+        raise UsageError(f"--annotations: there is no file {options.annotations}")
     if options.data == "pyskl" and not options.annotations:
         raise UsageError("--data pyskl needs --annotations PKL")
     roots = options.root or [Path(root) for root in roots]
     try:
         return function(*[roots] if roots else [], **given)
     except OSError as error:  # a folder or a list that may not be read
-        raise DataError(f"{error.filename}: {error.strerror}") from None
+        raise DataError(reason(error)) from None
 
 
 def match(source: Source, classes: list[str], joint_names: list[str]) -> Source:

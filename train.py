@@ -149,11 +149,11 @@ def load_batches(dataset: data.Dataset, batches: list, workers: int, device: tor
 
 
 def leave_group(worker: int):
-    """Signals to a process group, such as Ctrl-C, or to all processes of a job must not end the workers."""
+    """Keep signals that reach all processes of a terminal or a job from ending the workers."""
     if hasattr(os, "setpgrp"):  # not on Windows
         os.setpgrp()
     for number in SIGNALS:
-        if number != signal.SIGTERM:  # with which the rank itself ends them
+        if number != signal.SIGTERM:  # with which the rank itself ends one that hangs
             signal.signal(number, signal.SIG_IGN)
 
 
@@ -220,10 +220,12 @@ def train_one_epoch(run: "Run", dataset: data.Dataset):
             progress.step += 1
             progress.seen += recipe.batch
             sums += torch.stack([loss * recipe.batch, norm])
-            told = ranks.gather([(run.signal, batch["bad"]) for batch in parts])  # all ranks take the same branch
-            note_bad_clips(run, [clip for _, bad in told for clip in bad], len(dataset))
-            run.signal = max(number for number, _ in told)
-            stop = run.signal > 0 or progress.step >= options.stop_after
+            # After one exchange all ranks take the same branch. A signal that comes during it counts at the next step.
+            exchanged = ranks.gather([(run.signal, batch["bad"]) for batch in parts])
+            note_bad_clips(run, [clip for _, bad in exchanged for clip in bad], len(dataset))
+            asked = max(number for number, _ in exchanged)
+            run.signal = max(run.signal, asked)
+            stop = asked > 0 or progress.step >= options.stop_after
             last = progress.seen + recipe.batch > len(dataset)
             save = stop or last or progress.step % options.save_every == 0
             if save or progress.step % 10 == 0:  # not at every step, because reading the sums waits for the device
@@ -302,7 +304,7 @@ def save_checkpoint(run: "Run", name: str):
     state = {part: getattr(run, part).state_dict() for part in ("model", "optimizer", "scaler")}
     state |= {part: asdict(getattr(run, part)) for part in ("progress", "settings", "recipe")}
     state |= {"data": run.options.data, "clips": [len(clips) for clips in source.clips.values()]}
-    state |= {"classes": source.classes, "joint_names": source.joint_names}
+    state |= {"classes": [*map(str, source.classes)], "joint_names": [*map(str, source.joint_names)]}
     temporary, buffer = path.with_suffix(".tmp"), io.BytesIO()
     torch.save(state, buffer)  # torch.save to a file aborts the process when the disk is full
     with errors_as(RunError, f"{path} cannot be written, the one before it stays"):
@@ -326,7 +328,7 @@ def load_checkpoint(path: Path) -> dict:
         return {part: saved[part] for part in ("settings", "recipe", "progress", *rest)}
 
 
-def load_weights(model: D3T, path: Path) -> list[str]:
+def load_weights(model: D3T, path: Path, classes: list[str]) -> list[str]:
     """Start from a checkpoint, or the trunk from torchvision's r2plus1d_18; returns what keeps its initial weights.
 
     The checkpoint may have other classes, joints, T, H and W: tables over T and the token grid are interpolated.
@@ -344,6 +346,7 @@ def load_weights(model: D3T, path: Path) -> list[str]:
         table = weights["position_s"].unflatten(1, old.grid[1:]).permute(0, 3, 1, 2)  # (1, D, h, w)
         weights["position_s"] = F.interpolate(table, (h, w), mode="bilinear").flatten(2).transpose(1, 2)
         fitting = {key for key in new.keys() & weights.keys() if new[key].shape == weights[key].shape}
+        fitting -= {"head.weight", "head.bias"} if saved["classes"] != classes else set()
         model.load_state_dict({key: weights[key] for key in fitting}, strict=False)
         return [key for key in new if key not in fitting]
 
@@ -437,8 +440,10 @@ def parse_args(words: list[str] | None) -> tuple[argparse.Namespace, dict]:
     options = argparse.Namespace(**options)
     if options.eval and (options.preset or options.weights):
         fail("--eval tests a checkpoint: it does not go with --preset or --weights")
-    if options.scores and not (options.eval and options.scores.suffix == ".npz" and not options.scores.exists()):
-        fail(f"--scores {options.scores} needs --eval, and a new file that ends with .npz")
+    if (path := options.scores) and (
+        not options.eval or path.suffix != ".npz" or path.exists() or not path.parent.is_dir()
+    ):
+        fail(f"--scores {path} goes with --eval alone, and is a new file with the ending .npz in an existing folder")
     if options.workers is not None and options.workers < 0 or options.save_every < 1 or options.stop_after < 1:
         fail("--workers must be 0 or more, --save-every and --stop-after 1 or more")
     if options.resume and options.preset:  # then all its values must be those of the run, but for these
@@ -490,7 +495,7 @@ def load_source(options: argparse.Namespace, saved: dict | None, ranks: Ranks) -
         print(f"warning: {len(source.missing)} clips are left out: {some} ...", file=sys.stderr)
     train, test = len(source.clips["train"]), len(source.clips["test"])
     if not test or not (train or options.eval):
-        raise DataError(f"{options.data} has {train} training and {test} test clips there, which is not enough")
+        raise DataError(f"{options.data} has {train} training and {test} test clips; at least one of each is needed")
     return data.match(source, saved["classes"], saved["joint_names"]) if saved else source
 
 
@@ -515,17 +520,16 @@ class Run:
         self.mean_loss = math.nan  # of this epoch, when it was last looked at
         self.signal = 0  # that asked the run to stop
         if options.weights and not saved:
-            initial = load_weights(self.model, options.weights)
+            initial = load_weights(self.model, options.weights, self.source.classes)
             if initial and self.ranks.rank == 0:
-                print(f"{options.weights} does not fit everywhere, initial weights stay in: {', '.join(initial)}")
+                print(f"{options.weights} lacks these weights, or has other ones: {', '.join(initial)}")
         with errors_as(UsageError, f"{path} does not fit"):
             if saved:
                 self.model.load_state_dict(saved["model"])
             if options.resume:
                 self.optimizer.load_state_dict(saved["optimizer"])
+                self.scaler.load_state_dict(saved["scaler"] or self.scaler.state_dict())  # empty where it was off
                 self.progress = Progress(**saved["progress"])
-            if options.resume and saved["scaler"]:  # empty where it was off; where it is off now, this does nothing
-                self.scaler.load_state_dict(saved["scaler"])
         # The model as it is trained: wrapped for many ranks, compiled.
         self.net = DistributedDataParallel(self.model) if self.ranks.size > 1 and not options.eval else self.model
         self.net = torch.compile(self.net) if options.compile else self.net
@@ -545,7 +549,8 @@ class Run:
 
     def on_signal(self, number, _):
         self.signal = number
-        signal.signal(number, signal.SIG_DFL)  # a second one ends the process at once
+        if number == signal.SIGINT:  # a second Ctrl-C ends the run at once; a batch system may send its signal twice
+            signal.signal(number, signal.default_int_handler)
 
     def stop(self, where: str):
         if self.ranks.rank == 0:
@@ -562,13 +567,16 @@ def fit(run: Run):
             (options.out / name).unlink(missing_ok=True)
     elif first and log.exists():  # drop the lines of epochs that ended after the checkpoint
         log.write_text("".join(log.read_text().splitlines(keepends=True)[: run.progress.epoch]))
-    for number in SIGNALS:
-        if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
-            signal.signal(number, run.on_signal)
     train, test = run.dataset("train"), run.dataset("test")
-    while run.progress.epoch < run.recipe.epochs:
-        train_one_epoch(run, train)
-        finish_epoch(run, evaluate(run, test)[0], log)
+    caught = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]  # nohup ignores SIGHUP
+    before = [signal.signal(number, run.on_signal) for number in caught]
+    try:
+        while run.progress.epoch < run.recipe.epochs:
+            train_one_epoch(run, train)
+            finish_epoch(run, evaluate(run, test)[0], log)
+    finally:  # a notebook goes on
+        for number, handler in zip(caught, before):
+            signal.signal(number, handler)
     if first:
         took = time.time() - begin
         print(f"best top-1 {run.progress.best:.2%}, {took:.0f} s; checkpoints and log.jsonl in {options.out}")
@@ -610,7 +618,6 @@ def keep_memory():
 
 def main(words: list[str] | None = None) -> int:
     """Train or test as the flags say; the exit status."""
-    handlers = {number: signal.getsignal(number) for number in SIGNALS}
     keep_memory()
     data.escape_output()
     try:
@@ -618,7 +625,9 @@ def main(words: list[str] | None = None) -> int:
         options, first = run.options, run.ranks.rank == 0
         if first:
             verb = f"goes on at step {run.progress.step}" if options.resume else "starts"
-            print(f"D3T {'tests' if options.eval else verb}, torch {torch.__version__}, {run.ranks.size} x", end=" ")
+            print(
+                f"D3T {'tests' if options.eval else verb}, torch {torch.__version__}, ranks={run.ranks.size}", end=" "
+            )
             values = vars(options) | asdict(run.recipe) | asdict(run.settings)
             print(*(f"{name}={value}" for name, value in values.items() if name != "preset"), flush=True)
         if not options.eval:
@@ -637,9 +646,6 @@ def main(words: list[str] | None = None) -> int:
         return 128 + signal.SIGINT
     except SystemExit as stop:  # -h, or a run that was asked to stop
         return stop.code
-    finally:  # a notebook goes on
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
 
 
 if __name__ == "__main__":
