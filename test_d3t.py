@@ -2089,7 +2089,7 @@ def test_weights_of_a_checkpoint(fit, tmp_path, whole):
     data.SOURCES["synthetic"] = lambda: source, []  # until the fixture puts back the old one
     status, printed = fit(flags)
     conv = "blocks.0.deformable.search.conv.weight"  # h was shorter than k
-    assert status == 0 and f"or has other ones: {conv}, head.weight, head.bias\n" in printed
+    assert status == 0 and f"has none: {conv}, head.weight, head.bias\n" in printed
     old, new = checkpoint(whole)["model"], checkpoint(tmp_path / "run")["model"]
     assert new["position_t"].shape[0] == new["modal"].shape[0] == 6 and new["position_s"].shape == (1, 4 * 2, 16)
     for key in old.keys() - {"position_t", "position_s", "modal", conv, "head.weight", "head.bias"}:
@@ -2392,7 +2392,7 @@ def test_own_clips_of_the_readme(tmp_path, monkeypatch, capsys):
         with contextlib.suppress(SystemExit):
             assert importlib.import_module(script.removesuffix(".py")).main(words) == 0, capsys.readouterr()
         printed += capsys.readouterr().out
-    assert "other ones: head.weight, head.bias" in printed and re.search(r"\d%  (walk|jump)\n", printed)
+    assert "has none: head.weight, head.bias" in printed and re.search(r"\d%  (walk|jump)\n", printed)
     assert len([*(tmp_path / "predicted").iterdir()]) == 1 and names["confusion"].sum() == 1
 
 

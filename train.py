@@ -522,7 +522,7 @@ class Run:
         if options.weights and not saved:
             initial = load_weights(self.model, options.weights, self.source.classes)
             if initial and self.ranks.rank == 0:
-                print(f"{options.weights} lacks these weights, or has other ones: {', '.join(initial)}")
+                print(f"weights that keep their initial values, as {options.weights} has none: {', '.join(initial)}")
         with errors_as(UsageError, f"{path} does not fit"):
             if saved:
                 self.model.load_state_dict(saved["model"])
