@@ -154,12 +154,13 @@ def read_clip(source: Source, clip: Clip, choose: Callable[[int], np.ndarray], s
         n = count
     if not source.spread and abs(n - rows) > LENGTHS_DIFFER * rows:
         raise BadClip(f"{clip.media}: {clip.name} has joints of {rows} frames, but {n} frames are in the video")
-    if shown and not source.squeezed and abs(shown[0] * clip.size[1] / (shown[1] * clip.size[0]) - 1) > SHAPES_DIFFER:
-        sides = "the joints of {} refer to frames of {} x {}, but the video has {} x {} (height x width)"
-        raise BadClip(f"{clip.media}: " + sides.format(clip.name, *clip.size, *shown))
-    inside = ((clip.joints > -1) & (clip.joints < clip.size[::-1])).all(-1)
-    if 2 * (inside & clip.visible).sum() < clip.visible.sum():
-        raise BadClip(f"{clip.media}: most joints of {clip.name} lie outside its frames of {clip.size} (height, width)")
+    if shown and not source.squeezed:
+        if abs(shown[0] * clip.size[1] / (shown[1] * clip.size[0]) - 1) > SHAPES_DIFFER:
+            sides = "the joints of {} refer to frames of {} x {}, but the video has {} x {} (height x width)"
+            raise BadClip(f"{clip.media}: " + sides.format(clip.name, *clip.size, *shown))
+        inside = ((clip.joints > -1) & (clip.joints < clip.size[::-1])).all(-1) & clip.visible
+        if 2 * inside.sum() < clip.visible.sum():
+            raise BadClip(f"{clip.media}: most joints of {clip.name} lie outside its {clip.size} (height, width)")
     absent = (0, len(source.joint_names) - clip.joints.shape[1])  # persons that others have
     joints = np.pad(clip.joints[row[frames]], ((0, 0), absent, (0, 0)))
     return video, joints, np.pad(clip.visible[row[frames]], ((0, 0), absent))
