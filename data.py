@@ -141,7 +141,7 @@ def errors_as(kind: type[Exception], what: str):
 def read_clip(source: Source, clip: Clip, choose: Callable[[int], np.ndarray], size: Size, crop: Crop):
     """Video (T, H, W, 3), joints (T, R, 2) and visible (T, R) of the frames `choose(n)` of a clip of n frames.
 
-    How many frames a file has is known when it was read: if the guess was wrong, they are chosen and read once more.
+    The length of a file is known after reading it: if the guess was wrong, frames are chosen and read again.
     """
     rows = len(clip.joints)
     n = source.length(clip.media) if source.length else rows
