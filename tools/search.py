@@ -21,7 +21,7 @@ from d3t import DeformableAttention
 from tools.common import tool
 
 WIDTH, CODES, TESTS, SHOWN = 16, 4, 256, 3  # D, labels, samples of a test, samples in the picture
-SCALE, CLIP = 14, 0.2  # of the displacement at the longest axis; of the gradient, or offsets at k = 7 saturate
+SCALE, CLIP = 14, 0.2  # of the displacement, at the longest axis; largest norm of the gradient
 
 
 class Reader(nn.Module):
