@@ -625,19 +625,17 @@ def main(words: list[str] | None = None) -> int:
         options, first = run.options, run.ranks.rank == 0
         if first:
             verb = f"goes on at step {run.progress.step}" if options.resume else "starts"
-            print(
-                f"D3T {'tests' if options.eval else verb}, torch {torch.__version__}, ranks={run.ranks.size}", end=" "
-            )
-            values = vars(options) | asdict(run.recipe) | asdict(run.settings)
-            print(*(f"{name}={value}" for name, value in values.items() if name != "preset"), flush=True)
+            values = {"ranks": run.ranks.size} | vars(options) | asdict(run.recipe) | asdict(run.settings)
+            listed = " ".join(f"{name}={value}" for name, value in values.items() if name != "preset")
+            print(f"D3T {'tests' if options.eval else verb}, torch {torch.__version__}, {listed}", flush=True)
         if not options.eval:
             fit(run)
             return 0
         result, scores = evaluate(run, run.dataset("test"))
+        if first:
+            print(json.dumps(result), flush=True)
         if first and options.scores:
             np.savez(options.scores, **scores)
-        if first:
-            print(json.dumps(result))
         return 0
     except (UsageError, RunError, DataError, OSError) as error:
         sys.stderr.write(f"train.py: {error}\n")  # one call: the lines of several ranks do not mix
