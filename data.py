@@ -10,8 +10,8 @@
     bad      list of (str, str)      name and "FILE: reason" of the clips that this one replaces (training only)
 
 A source is a function that takes folders and returns a `Source`: its clips with their joints, and how to read a crop of
-frames by number. Joints and videos are compared: a length that differs by more than a tenth (but not in pickles, whose
-joints are spread), a frame of another shape, or joints of which most lie outside it make a bad clip. To add a data set,
+frames by number. Joints and videos are compared. A clip is bad if their lengths differ by more than a tenth (not in
+pickles, whose joints are spread), if the frame has another shape, or if most joints lie outside it. To add a data set,
 write that function and enter it in `SOURCES` at the end of this file, by the name that `--data` shall take. This one
 reads ROOT/CLASS/NAME.mp4 with ROOT/CLASS/NAME.npy, joints (frames, 2, 2):
 

@@ -1939,8 +1939,8 @@ def test_bad_clips_of_a_run(penn, fit, tmp_path):
     assert status == 1 and printed.splitlines()[-1].startswith("train.py: ") and "0003/000001.jpg" in printed
 
 
-def test_scores(fit, tmp_path, whole):
-    """Catches: scores that do not give the accuracy that is printed, a file that is overwritten, classes mixed up."""
+def test_scores(fit, tmp_path, whole, monkeypatch):
+    """Catches: scores that are not those of the accuracy, a file overwritten, a result lost with a file not written."""
     path = tmp_path / "scores.npz"
     status, printed = fit(f"--eval {whole}/last.pt --scores {path}")
     assert status == 0
@@ -1955,6 +1955,13 @@ def test_scores(fit, tmp_path, whole):
     assert result == pytest.approx(expected) and result["top1"] != result["mean_class"]
     assert log_of(whole)[-1] == log_of(whole)[-1] | result
     assert fit(f"--eval {whole}/last.pt --scores {path}")[0] == 2
+
+    def full(*_, **scores):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(np, "savez", full)
+    status, printed = fit(f"--eval {whole}/last.pt --scores {tmp_path}/other.npz")
+    assert status == 1 and f'"top1": {result["top1"]}' in printed
 
 
 def test_a_class_without_clips(fit, whole, monkeypatch):

@@ -9,7 +9,7 @@ that do not fit the picture are the first thing to look for when a label is wron
                                   of the frame as it is shown; with a third column, this is the score
     keypoint_score  (M, n, K)     optional: a joint with a score of 0 is absent
 
-The joints are those of the checkpoint's data set, in its order; a person that is lacking is absent.
+The joints are those of the checkpoint's data set, in its order. Persons that the file does not hold are absent.
 """
 
 import argparse
