@@ -1860,9 +1860,11 @@ def test_seed_and_hide_reach_the_data(fit, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"])
-def test_a_signal_ends_the_step_and_saves(name, fit, tmp_path, monkeypatch):
+def test_a_signal_ends_the_step_and_saves(name, fit, tmp_path, monkeypatch, request):
     """Catches: steps that Ctrl-C or a batch system throws away, a signal sent twice that kills, handlers that stay."""
-    number, before = getattr(signal, name), signal.getsignal(getattr(signal, name))
+    number = getattr(signal, name)
+    before = signal.signal(number, signal.SIG_DFL)  # under nohup, or in the background, some are ignored
+    request.addfinalizer(lambda: signal.signal(number, before))
 
     def interrupt(run):
         if run.progress.step == 2:
@@ -1875,7 +1877,7 @@ def test_a_signal_ends_the_step_and_saves(name, fit, tmp_path, monkeypatch):
     status, printed = fit()
     assert status == 128 + number and "stopped after step 3; go on with --resume" in printed
     assert checkpoint(tmp_path / "run")["progress"]["step"] == 3
-    assert signal.getsignal(number) == before
+    assert signal.getsignal(number) == signal.SIG_DFL
 
 
 def test_a_signal_during_the_exchange(fit, tmp_path, monkeypatch):
