@@ -120,8 +120,8 @@ def need(module: str, package: str, why: str):
 
 def reason(error: Exception) -> str:
     """What an exception says, in one line; with its type where that is a single word."""
-    text = " ".join(str(error).split())[:300]
-    return text if " " in text else repr(error)
+    text = re.split(" This file can| In PyTorch", " ".join(str(error).split()))[0]  # torch advises to trust it
+    return text[:300] if " " in text else repr(error)
 
 
 @contextmanager

@@ -8,9 +8,6 @@ A run writes `last.pt`, `best.pt` and `log.jsonl` (one line an epoch) to its fol
 the same command with `--resume` goes on, also in the middle of an epoch. Each random draw has a generator of its own,
 made from the seed, the epoch and the clip. So a checkpoint needs no random state, and on a CPU a resumed run ends with
 the same weights as a run that was never stopped.
-
-Exit status: 0 done; 1 the run, its data or its disk failed; 2 a flag or a file it names cannot be used; 128 + n stopped
-by signal n.
 """
 
 import argparse
@@ -20,21 +17,17 @@ import io
 import json
 import math
 import os
-import pickle
 import signal
 import sys
 import time
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, field, fields
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-import torch.utils.checkpoint
-from torch.distributed.elastic.multiprocessing.errors import record
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -42,6 +35,13 @@ from tqdm import tqdm
 import data
 from d3t import D3T, Settings, check_fields, setting
 from data import DataError, UsageError, errors_as
+
+# Of this process, from torchrun: its number, its number on this machine, and how many there are.
+RANK, LOCAL_RANK, RANKS = (int(os.environ.get(*each)) for each in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+# Ctrl-C, and what batch systems send before they end a job; Windows has the first two.
+SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
+FILES = ("last.pt", "best.pt", "log.jsonl")  # of a run, in its folder
+BAR = {"leave": False, "disable": True if RANK else None}  # None: only in a terminal
 
 
 class RunError(Exception):
@@ -70,8 +70,8 @@ class Recipe:
             raise ValueError(f"hide must be none, joints or video, not {self.hide}")
 
 
-DEFAULTS = {f.name: f.default for kind in (Recipe, Settings) for f in fields(kind)}
-del DEFAULTS["classes"], DEFAULTS["joints"]  # the data set knows them
+DATA_KNOWS = ("classes", "joints")  # no flags set these
+DEFAULTS = {f.name: f.default for kind in (Recipe, Settings) for f in fields(kind) if f.name not in DATA_KNOWS}
 PRESETS = {
     "paper": DEFAULTS,
     "small": DEFAULTS
@@ -80,72 +80,48 @@ PRESETS = {
     | dict(frames=6, height=40, width=40, channels=16, blocks=2, heads=4, kernel=3)
     | dict(batch=16, lr=1e-3, epochs=2, warmup=0.5),
 }
-FILES = ("last.pt", "best.pt", "log.jsonl")  # of a run, in its folder
-LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))  # of this process on its machine, from torchrun
-# Ctrl-C, and what batch systems send before they end a job; Windows has the first two.
-SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# Ranks and batches
-# --------------------------------------------------------------------------------------------------------------------
+# ---- Ranks and batches ---------------------------------------------------------------------------------------------
+def gather(items: list) -> list:
+    """The items of all ranks, in the order of the ranks."""
+    lists = [items] * RANKS
+    if RANKS > 1:
+        dist.all_gather_object(lists, items)
+    return [item for part in lists for item in part]
 
 
-class Ranks:
-    """The processes that torchrun started, or one. CPU tensors travel by gloo, CUDA tensors by NCCL."""
-
-    def __init__(self, device: str):
-        self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        self.device = torch.device(device)
-        if device == "cuda":
-            torch.cuda.set_device(LOCAL_RANK)
-        if self.size > 1:
-            dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
-
-    def gather(self, items: list) -> list:
-        """The items of all ranks, in the order of the ranks."""
-        lists = [items] * self.size
-        if self.size > 1:
-            dist.all_gather_object(lists, items)
-        return [item for part in lists for item in part]
-
-    def from_first(self, function):
-        """On every rank what `function()` returns or raises on rank 0: a data set is indexed once."""
-        try:
-            box = [function() if self.rank == 0 else None]
-        except (DataError, UsageError, OSError) as error:
-            box = [error]
-        if self.size > 1:
-            dist.broadcast_object_list(box)
-        if isinstance(box[0], Exception):
-            raise box[0]
-        return box[0]
+def from_first(function):
+    """On every rank what `function()` returns or raises on rank 0: a data set is indexed once."""
+    try:
+        box = [function() if RANK == 0 else None]
+    except (DataError, UsageError, OSError) as error:
+        box = [error]
+    if RANKS > 1:
+        dist.broadcast_object_list(box)
+    if isinstance(box[0], Exception):
+        raise box[0]
+    return box[0]
 
 
-def training_batches(clips: int, recipe: Recipe, epoch: int, seen: int, ranks: Ranks) -> list[list[tuple[int, int]]]:
+def training_batches(clips: int, recipe: Recipe, epoch: int, seen: int) -> list[list[tuple[int, int]]]:
     """The micro-batches of this rank for the rest of an epoch, after `seen` clips; an item is (epoch, clip).
 
     The order is a function of (seed, epoch). Each step takes the next `batch` clips, and the ranks share them. Clips
     that do not fill a last step are dropped this epoch.
     """
     order = np.random.default_rng((recipe.seed, epoch)).permutation(clips)
-    share = recipe.batch // ranks.size // recipe.accumulate
+    share = recipe.batch // RANKS // recipe.accumulate
     batches = []
     for start in range(seen, clips - recipe.batch + 1, recipe.batch):
-        mine = [(epoch, int(clip)) for clip in order[start : start + recipe.batch][ranks.rank :: ranks.size]]
+        mine = [(epoch, int(clip)) for clip in order[start : start + recipe.batch][RANK::RANKS]]
         batches += [mine[i : i + share] for i in range(0, len(mine), share)]
     return batches
 
 
-def load_batches(dataset: data.Dataset, batches: list, workers: int, device: torch.device) -> DataLoader:
-    return DataLoader(
-        dataset,
-        batch_sampler=batches,
-        collate_fn=data.collate,
-        num_workers=workers,
-        pin_memory=device.type == "cuda",
-        worker_init_fn=leave_group,
-    )
+def load_batches(dataset: data.Dataset, batches: list, workers: int, device: str) -> DataLoader:
+    how = {"num_workers": workers, "pin_memory": device == "cuda", "worker_init_fn": leave_group}
+    return DataLoader(dataset, batch_sampler=batches, collate_fn=data.collate, **how)
 
 
 def leave_group(worker: int):
@@ -157,11 +133,7 @@ def leave_group(worker: int):
             signal.signal(number, signal.SIG_IGN)
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# Training and evaluation
-# --------------------------------------------------------------------------------------------------------------------
-
-
+# ---- Training and evaluation ---------------------------------------------------------------------------------------
 @dataclass
 class Progress:
     """Where a run stands. With model, optimizer and scaler it is all that resuming needs."""
@@ -169,7 +141,7 @@ class Progress:
     epoch: int = 0
     seen: int = 0  # clips of this epoch that have been trained on
     step: int = 0  # optimizer steps in all
-    loss: float = 0.0  # sum over these clips
+    loss: float = 0.0  # mean over these clips
     bad_clips: dict[str, str] = field(default_factory=dict)  # clips of this epoch that cannot be read, and why
     seconds: float = 0.0  # spent on training this epoch
     best: float = -1.0  # top-1
@@ -186,9 +158,9 @@ def backward(run: "Run", batches: list[dict]) -> torch.Tensor:
     """Gradient of the mean loss over the global batch: the mean over micro-batches here, over ranks by DDP."""
     total = 0.0
     for i, batch in enumerate(batches):
-        more = i + 1 < len(batches) and run.ranks.size > 1
+        more = i + 1 < len(batches) and RANKS > 1
         with run.net.no_sync() if more else nullcontext():  # DDP averages gradients in the last backward alone
-            label = batch["label"].to(run.ranks.device, non_blocking=True)
+            label = batch["label"].to(run.options.device, non_blocking=True)
             loss = F.cross_entropy(run.logits(run.net, batch), label) / len(batches)
             run.scaler.scale(loss).backward()
         total = total + loss.detach()
@@ -197,114 +169,95 @@ def backward(run: "Run", batches: list[dict]) -> torch.Tensor:
 
 def train_one_epoch(run: "Run", dataset: data.Dataset):
     """Train on what is left of the epoch and save it; SystemExit if the run was asked to stop."""
-    ranks, recipe, progress, options = run.ranks, run.recipe, run.progress, run.options
+    options, recipe, progress = run.options, run.recipe, run.progress
     run.net.train()
-    batches = training_batches(len(dataset), recipe, progress.epoch, progress.seen, ranks)
-    loader = iter(load_batches(dataset, batches, options.workers, ranks.device))
-    # Sums on the device: of the losses of this epoch, and of the gradient norms since it began or went on.
-    sums = torch.tensor([progress.loss, 0.0], dtype=torch.float64, device=ranks.device)
+    batches = training_batches(len(dataset), recipe, progress.epoch, progress.seen)
+    loader = iter(load_batches(dataset, batches, options.workers, options.device))
+    steps = zip(*[loader] * recipe.accumulate)  # the micro-batches of each step
+    bar = tqdm(steps, f"epoch {progress.epoch + 1}", len(batches) // recipe.accumulate, **BAR)
     begin = time.time() - progress.seconds
     stop = progress.step >= options.stop_after
-    with run.bar(desc=f"epoch {progress.epoch + 1}", total=len(dataset), initial=progress.seen, unit="clip") as bar:
-        while not stop and (parts := list(islice(loader, recipe.accumulate))):  # one step
-            rate = learning_rate(recipe, progress.epoch + (progress.seen + recipe.batch) / len(dataset))
-            for group in run.optimizer.param_groups:
-                group["lr"] = rate
-            loss = backward(run, parts)
-            run.scaler.unscale_(run.optimizer)  # before the gradients are clipped
-            norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), recipe.clip)
-            run.scaler.step(run.optimizer)
-            run.scaler.update()
-            run.optimizer.zero_grad(set_to_none=True)
+    for parts in bar:
+        if stop:
+            break
+        rate = learning_rate(recipe, progress.epoch + (progress.seen + recipe.batch) / len(dataset))
+        for group in run.optimizer.param_groups:
+            group["lr"] = rate
+        loss = backward(run, parts)
+        run.scaler.unscale_(run.optimizer)  # before the gradients are clipped
+        norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), recipe.clip)
+        run.scaler.step(run.optimizer)
+        run.scaler.update()
+        run.optimizer.zero_grad(set_to_none=True)
 
-            progress.step += 1
-            progress.seen += recipe.batch
-            sums += torch.stack([loss * recipe.batch, norm])
-            # After one exchange all ranks take the same branch. A signal that comes during it counts at the next step.
-            exchanged = ranks.gather([(run.signal, batch["bad"]) for batch in parts])
-            note_bad_clips(run, [clip for _, bad in exchanged for clip in bad], len(dataset))
-            asked = max(number for number, _ in exchanged)
-            run.signal = max(run.signal, asked)
-            stop = asked > 0 or progress.step >= options.stop_after
-            last = progress.seen + recipe.batch > len(dataset)
-            save = stop or last or progress.step % options.save_every == 0
-            if save or progress.step % 10 == 0:  # not at every step, because reading the sums waits for the device
-                check_sums(run, sums)
-                bar.set_postfix(loss=f"{run.mean_loss:.3f}", refresh=False)
-            if save:
-                progress.seconds = time.time() - begin
-                save_checkpoint(run, "last.pt")
-            bar.update(recipe.batch)
+        stop = count_step(run, loss.item(), norm.item(), parts, len(dataset))
+        bar.set_postfix(loss=f"{progress.loss / progress.seen:.3f}", refresh=False)
+        last = progress.seen + recipe.batch > len(dataset)
+        if stop or last or progress.step % options.save_every == 0:
+            progress.seconds = time.time() - begin
+            save_checkpoint(run, "last.pt")
     if stop:
         run.stop(f"after step {progress.step}")
 
 
-def check_sums(run: "Run", sums: torch.Tensor):
-    """Copy the sum of the losses to `progress`; RunError if it or the sum of the gradient norms is not finite."""
-    loss, norm = np.mean(run.ranks.gather([sums.tolist()]), axis=0).tolist()
+def count_step(run: "Run", loss: float, norm: float, batches: list[dict], clips: int) -> bool:
+    """Count a step in the same way on all ranks; whether they stop. RunError if it diverged or clips are bad."""
+    progress, bad = run.progress, [clip for batch in batches for clip in batch["bad"]]
+    # A signal that comes during the exchange counts at the next step.
+    losses, signals, bad = zip(*gather([(loss, run.signal, bad)]))
+    progress.step += 1
     overflows = run.scaler.is_enabled()  # with fp16, gradients may overflow: the scaler skips such a step
-    if not math.isfinite(loss) or not (math.isfinite(norm) or overflows):
+    if not math.isfinite(sum(losses)) or not (math.isfinite(norm) or overflows):
         raise RunError(
-            f"the loss or the gradient is not finite after step {run.progress.step}. The last finite loss, a mean over "
-            f"the epoch, was {run.mean_loss:.4f}. Nothing was saved since; an earlier last.pt stays"
+            f"the loss or the gradient is not finite at step {progress.step}. The {progress.seen} clips of this epoch "
+            f"before it had a mean loss of {progress.loss / max(1, progress.seen):.4f}. An earlier last.pt stays"
         )
-    run.progress.loss, run.mean_loss = loss, loss / run.progress.seen
-
-
-def note_bad_clips(run: "Run", bad: list[tuple[str, str]], clips: int):
-    """Warn of replaced clips, each once an epoch; the run ends if they are more than one and more than 1 % of all."""
-    known = run.progress.bad_clips
-    for name, why in bad:
-        if name not in known and run.ranks.rank == 0:
+    progress.seen += run.recipe.batch
+    progress.loss += run.recipe.batch * sum(losses) / RANKS
+    for name, why in sum(bad, []):
+        if name not in progress.bad_clips and RANK == 0:
             print(f"\nwarning: a clip was replaced by another one: {why[:500]}", file=sys.stderr, flush=True)
-        known.setdefault(name, why)
-    if len(known) > max(1, clips / 100):
-        reasons = "\n".join(known.values())
-        raise RunError(f"{len(known)} of {clips} clips, more than 1 %, cannot be read:\n{reasons}")
+        progress.bad_clips.setdefault(name, why)
+    if len(progress.bad_clips) > max(1, clips / 100):
+        reasons = "\n".join(progress.bad_clips.values())
+        raise RunError(f"{len(progress.bad_clips)} of {clips} clips, more than 1 %, cannot be read:\n{reasons}")
+    run.signal = max(run.signal, *signals)
+    return max(signals) > 0 or progress.step >= run.options.stop_after
 
 
 @torch.no_grad()
 def evaluate(run: "Run", dataset: data.Dataset) -> tuple[dict, dict]:
     """Accuracy over all clips, each counted once, and the scores: names, labels and logits of the clips in order."""
-    ranks = run.ranks
-    if ranks.size > 1:
+    if RANKS > 1:
         for buffer in run.model.buffers():  # all ranks use the running statistics of rank 0
             dist.broadcast(buffer, 0)
     run.model.eval()
-    mine = list(range(ranks.rank, len(dataset), ranks.size))
-    size = max(1, run.recipe.batch // ranks.size)
-    batches = [mine[i : i + size] for i in range(0, len(mine), size)]
-    scores = []  # of each clip: its number, name, label, logits
-    with run.bar(desc="testing", total=len(mine), unit="clip") as bar:
-        for batch in load_batches(dataset, batches, run.options.workers, ranks.device):
-            if run.signal:  # nothing is lost: the epoch was saved before its test
-                run.stop("in a test")
-            logits, done = run.logits(run.model, batch).cpu().numpy(), len(scores)
-            scores += zip(mine[done:], batch["name"], batch["label"].tolist(), logits)
-            bar.update(len(logits))
-    _, names, labels, logits = zip(*sorted(ranks.gather(scores), key=lambda score: score[0]))
-    labels, logits = np.array(labels), np.stack(logits)
+    mine, size = range(RANK, len(dataset), RANKS), max(1, run.recipe.batch // RANKS)
+    batches = [list(mine[i : i + size]) for i in range(0, len(mine), size)]
+    scores = []  # of each clip: name, label, logits
+    loader = load_batches(dataset, batches, run.options.workers, run.options.device)
+    for batch in tqdm(loader, "testing", **BAR):
+        if run.signal:  # nothing is lost: the epoch was saved before its test
+            run.stop("in a test")
+        scores += zip(batch["name"], batch["label"].tolist(), run.logits(run.model, batch).cpu().numpy())
+    scores = [score for _, score in sorted(gather([*zip(mine, scores)]))]  # in the order of the clips
+    names, labels, logits = map(np.array, zip(*scores))
     right = logits.argmax(1) == labels
     by_class = [right[labels == label].mean() for label in np.unique(labels)]
     result = {"top1": float(right.mean()), "mean_class": float(np.mean(by_class)), "clips": len(labels)}
-    classes = np.array(run.source.classes)
-    return result, {"names": np.array(names), "labels": labels, "logits": logits, "classes": classes}
+    return result, {"names": names, "labels": labels, "logits": logits, "classes": np.array(run.source.classes)}
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# Checkpoints, model and optimizer
-# --------------------------------------------------------------------------------------------------------------------
-
-
+# ---- Checkpoints, model and optimizer ------------------------------------------------------------------------------
 def save_checkpoint(run: "Run", name: str):
     """Write a temporary file and rename it, so that a file of that name is always whole."""
-    if run.ranks.rank > 0:
+    if RANK > 0:
         return
     path, source = run.options.out / name, run.source
     state = {part: getattr(run, part).state_dict() for part in ("model", "optimizer", "scaler")}
     state |= {part: asdict(getattr(run, part)) for part in ("progress", "settings", "recipe")}
     state |= {"data": run.options.data, "clips": [len(clips) for clips in source.clips.values()]}
-    state |= {"classes": [*map(str, source.classes)], "joint_names": [*map(str, source.joint_names)]}
+    state |= {"classes": source.classes, "joint_names": source.joint_names}
     temporary, buffer = path.with_suffix(".tmp"), io.BytesIO()
     torch.save(state, buffer)  # torch.save to a file aborts the process when the disk is full
     with errors_as(RunError, f"{path} cannot be written, the one before it stays"):
@@ -312,32 +265,25 @@ def save_checkpoint(run: "Run", name: str):
         os.replace(temporary, path)
 
 
-def read_tensors(path: Path) -> dict:
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:  # its text advises to trust the file
-        raise ValueError("it holds more than tensors and plain values, or is damaged") from None
-
-
 def load_checkpoint(path: Path) -> dict:
     with errors_as(UsageError, f"{path} is no checkpoint of this train.py"):
-        saved = read_tensors(path)
+        saved = torch.load(path, map_location="cpu", weights_only=True)
         for part, kind in (("settings", Settings), ("recipe", Recipe), ("progress", Progress)):
             kind(**saved[part])  # raises for the fields of another version and for invalid values
         rest = ("model", "optimizer", "scaler", "data", "clips", "classes", "joint_names")
         return {part: saved[part] for part in ("settings", "recipe", "progress", *rest)}
 
 
-def load_weights(model: D3T, path: Path, classes: list[str]) -> list[str]:
-    """Start from a checkpoint, or the trunk from torchvision's r2plus1d_18; returns what keeps its initial weights.
+def load_weights(model: D3T, path: Path, classes: list[str]):
+    """Start from a checkpoint, or the trunk from torchvision's r2plus1d_18; prints what keeps its initial weights.
 
     The checkpoint may have other classes, joints, T, H and W: tables over T and the token grid are interpolated.
     """
     with errors_as(UsageError, f"--weights {path} does not fit"):
-        saved = read_tensors(path)
+        saved = torch.load(path, map_location="cpu", weights_only=True)
         if "model" not in saved:  # torchvision's layer4 and fc are not needed
             model.trunk.load_state_dict({k: v for k, v in saved.items() if not k.startswith(("layer4.", "fc."))})
-            return []
+            return
         old, weights, new = Settings(**saved["settings"]), saved["model"], model.state_dict()
         model.trunk.load_state_dict({k.removeprefix("trunk."): v for k, v in weights.items() if k.startswith("trunk.")})
         T, h, w = model.settings.grid
@@ -348,7 +294,9 @@ def load_weights(model: D3T, path: Path, classes: list[str]) -> list[str]:
         fitting = {key for key in new.keys() & weights.keys() if new[key].shape == weights[key].shape}
         fitting -= {"head.weight", "head.bias"} if saved["classes"] != classes else set()
         model.load_state_dict({key: weights[key] for key in fitting}, strict=False)
-        return [key for key in new if key not in fitting]
+    if RANK == 0:
+        rest = ", ".join(key for key in new if key not in fitting) or "none"
+        print(f"weights that keep their initial values, as {path} does not have them: {rest}")
 
 
 def must_go_on(options: argparse.Namespace) -> bool:
@@ -359,10 +307,7 @@ def must_go_on(options: argparse.Namespace) -> bool:
     if "last.pt" in held and (options.resume or restarted):
         return True
     if held and not options.overwrite:
-        raise UsageError(
-            f"{options.out} holds {', '.join(held)} of a run: --resume goes on where there is a last.pt, --overwrite "
-            "starts anew, or use another --out"
-        )
+        raise UsageError(f"{options.out} holds a run: --resume goes on, --overwrite starts anew; or use another --out")
     with errors_as(UsageError, f"--out {options.out}"):
         options.out.mkdir(parents=True, exist_ok=True)
     return False
@@ -370,8 +315,7 @@ def must_go_on(options: argparse.Namespace) -> bool:
 
 def make_model(settings: Settings, recipe: Recipe, options: argparse.Namespace) -> D3T:
     torch.manual_seed(recipe.seed)
-    with errors_as(UsageError, "a model of these settings cannot be made"):  # too large
-        model = D3T(settings)
+    model = D3T(settings)
     if options.checkpointing:
         for block in model.blocks:
             block.forward = functools.partial(torch.utils.checkpoint.checkpoint, block.forward, use_reentrant=False)
@@ -387,23 +331,15 @@ def make_optimizer(model: D3T, recipe: Recipe) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, lr=recipe.lr, fused=True)
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# Command line
-# --------------------------------------------------------------------------------------------------------------------
-
-
+# ---- Command line --------------------------------------------------------------------------------------------------
 def parse_args(words: list[str] | None) -> tuple[argparse.Namespace, dict]:
-    """The options, and those fields of settings and recipe that were given as flags."""
+    """The options, and those fields of settings and recipe that were given as flags or by a preset."""
     parser = argparse.ArgumentParser(
         description="Train D3T, the 3D deformable transformer for action recognition.",
         epilog="In brackets: the default, or that of preset paper; then those of the presets that differ.",
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34, width=118),
+        usage=argparse.SUPPRESS,  # it lists all flags, also where one is wrong
     )
-
-    def fail(message):
-        raise UsageError(message)
-
-    parser.error = fail
     group = parser.add_argument_group("data")
     data.add_flags(group)
     group.add_argument("--workers", type=int, metavar="N", help="loading processes of each rank [2; synthetic 1]")
@@ -426,49 +362,38 @@ def parse_args(words: list[str] | None) -> tuple[argparse.Namespace, dict]:
 
     for title, kind in (("training", Recipe), ("model", Settings)):
         add = parser.add_argument_group(title, kind.__doc__).add_argument
-        for f in fields(kind):
-            if f.name not in DEFAULTS:
-                continue  # the data set knows
+        for f in (f for f in fields(kind) if f.name in DEFAULTS):
             others = [f"; {name} {p[f.name]}" for name, p in PRESETS.items() if p[f.name] != f.default]
             text = f"{f.metadata['help']} [{f.default}{''.join(others)}]"
-            how = {"type": f.type, "metavar": "WHAT" if f.type is str else "N"}
+            how = {"type": f.type, "metavar": f.type.__name__}
             how = {"action": argparse.BooleanOptionalAction} if f.type is bool else how
             add("--" + f.name.replace("_", "-"), **how, default=argparse.SUPPRESS, help=text)
 
-    options = vars(parser.parse_args(words))
-    given = {name: options.pop(name) for name in DEFAULTS if name in options}
-    options = argparse.Namespace(**options)
+    options = parser.parse_args(words)
+    given = PRESETS.get(options.preset, {}) | {name: vars(options)[name] for name in DEFAULTS if name in options}
     if options.eval and (options.preset or options.weights):
-        fail("--eval tests a checkpoint: it does not go with --preset or --weights")
-    if (path := options.scores) and (
-        not options.eval or path.suffix != ".npz" or path.exists() or not path.parent.is_dir()
-    ):
-        fail(f"--scores {path} goes with --eval alone, and is a new file with the ending .npz in an existing folder")
-    if options.workers is not None and options.workers < 0 or options.save_every < 1 or options.stop_after < 1:
-        fail("--workers must be 0 or more, --save-every and --stop-after 1 or more")
-    if options.resume and options.preset:  # then all its values must be those of the run, but for these
-        given = {k: v for k, v in PRESETS[options.preset].items() if k not in ("batch", "accumulate")} | given
+        parser.error("--eval tests a checkpoint: it does not go with --preset or --weights")
+    if (path := options.scores) and (not options.eval or path.suffix != ".npz" or path.exists()):
+        parser.error(f"--scores {path} goes with --eval alone, and is a new file with the ending .npz")
     synthetic = options.data == "synthetic"
+    options.workers = (1 if synthetic else 2) if options.workers is None else options.workers
+    if options.workers < 0 or options.save_every < 1 or options.stop_after < 1:
+        parser.error("--workers must be 0 or more, --save-every and --stop-after 1 or more")
     options.out = options.out or Path("runs", options.data)
     options.preset = options.preset or ("tiny" if synthetic else "paper")
-    options.workers = (1 if synthetic else 2) if options.workers is None else options.workers
     options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if options.device == "cuda" and torch.cuda.device_count() <= LOCAL_RANK:
-        fail(f"--device cuda: torch sees {torch.cuda.device_count()} CUDA devices, too few for this run")
-    if options.amp == "fp16" and options.device == "cpu":
-        fail("--amp fp16 needs CUDA; on a CPU use bf16 or off")
     if options.amp is None and options.device == "cuda":
         options.amp = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     options.amp = options.amp or "off"
     return options, given
 
 
-def configure(options: argparse.Namespace, given: dict, source: data.Source, saved: dict | None, ranks: Ranks):
+def configure(options: argparse.Namespace, given: dict, source: data.Source, saved: dict | None):
     """Settings and recipe: from the checkpoint, else from the preset and the flags. UsageError where they clash."""
     values, clips = PRESETS[options.preset], [len(clips) for clips in source.clips.values()]
     given = given | {"classes": len(source.classes), "joints": len(source.joint_names), "clips": clips}
     if saved:
-        values = DEFAULTS | saved["recipe"] | saved["settings"] | {"clips": saved["clips"]}
+        values = saved["recipe"] | saved["settings"] | {"clips": saved["clips"]}
         free = {"clips", *saved["recipe"]} if options.eval else {"batch", "accumulate"}  # may differ
         clash = [f"{k} is {values[k]}, not {v}" for k, v in given.items() if values[k] != v and k not in free]
         if clash:
@@ -476,21 +401,21 @@ def configure(options: argparse.Namespace, given: dict, source: data.Source, sav
     values = values | given
     with errors_as(UsageError, "a setting cannot be used"):
         settings, recipe = (kind(**{f.name: values[f.name] for f in fields(kind)}) for kind in (Settings, Recipe))
-    parts = ranks.size * recipe.accumulate
-    if recipe.batch % parts and not options.eval:
-        raise UsageError(f"--batch {recipe.batch} does not divide by {parts}, the ranks times --accumulate")
-    if recipe.batch > clips[0] and not options.eval:
-        raise UsageError(f"--batch {recipe.batch} is more than the {clips[0]} training clips")
+    parts = RANKS * recipe.accumulate
+    if not options.eval and (recipe.batch % parts or recipe.batch > clips[0]):
+        raise UsageError(
+            f"--batch {recipe.batch} must divide by {parts} (ranks x --accumulate) and be <= {clips[0]} (clips)"
+        )
     return settings, recipe
 
 
-def load_source(options: argparse.Namespace, saved: dict | None, ranks: Ranks) -> data.Source:
+def load_source(options: argparse.Namespace, saved: dict | None) -> data.Source:
     """The data set, indexed once for all ranks; DataError if it has problems, or no clips to train and test on."""
-    source = ranks.from_first(lambda: data.load(options))
+    source = from_first(lambda: data.load(options))
     if source.problems:
         some = "\n".join(source.problems[:3])
         raise DataError(f"{len(source.problems)} clips cannot be used, `python -m tools.check` names them all:\n{some}")
-    if source.missing and ranks.rank == 0:
+    if source.missing and RANK == 0:
         some = "; ".join(source.missing[:3])
         print(f"warning: {len(source.missing)} clips are left out: {some} ...", file=sys.stderr)
     train, test = len(source.clips["train"]), len(source.clips["test"])
@@ -503,26 +428,27 @@ class Run:
     """What the functions of this file share, in the state from which the run starts or goes on."""
 
     def __init__(self, options: argparse.Namespace, given: dict):
-        self.options, self.ranks = options, Ranks(options.device)
+        self.options, self.signal = options, 0  # the signal that asked the run to stop
+        if options.device == "cuda":
+            with errors_as(UsageError, "--device cuda"):
+                torch.cuda.set_device(LOCAL_RANK)
+        if RANKS > 1:  # CPU tensors travel by gloo, CUDA tensors by NCCL
+            dist.init_process_group("cpu:gloo,cuda:nccl" if options.device == "cuda" else "gloo")
         if not options.eval:
-            options.resume = self.ranks.from_first(lambda: must_go_on(options))
+            options.resume = from_first(lambda: must_go_on(options))
         path = options.eval or options.out / "last.pt"
         saved = load_checkpoint(path) if options.eval or options.resume else None
         if saved and saved["data"] != options.data:
             raise UsageError(f"{path} was trained on {saved['data']}, not {options.data}: use --data {saved['data']}")
-        self.source = load_source(options, saved, self.ranks)
-        self.settings, self.recipe = configure(options, given, self.source, saved, self.ranks)
+        self.source = load_source(options, saved)
+        self.settings, self.recipe = configure(options, given, self.source, saved)
 
         self.model = make_model(self.settings, self.recipe, options)
         self.optimizer = make_optimizer(self.model, self.recipe)
         self.scaler = torch.amp.GradScaler(options.device, enabled=options.amp == "fp16")
         self.progress = Progress()
-        self.mean_loss = math.nan  # of this epoch, when it was last looked at
-        self.signal = 0  # that asked the run to stop
         if options.weights and not saved:
-            initial = load_weights(self.model, options.weights, self.source.classes)
-            if initial and self.ranks.rank == 0:
-                print(f"weights that keep their initial values, as {options.weights} has none: {', '.join(initial)}")
+            load_weights(self.model, options.weights, self.source.classes)
         with errors_as(UsageError, f"{path} does not fit"):
             if saved:
                 self.model.load_state_dict(saved["model"])
@@ -531,7 +457,7 @@ class Run:
                 self.scaler.load_state_dict(saved["scaler"] or self.scaler.state_dict())  # empty where it was off
                 self.progress = Progress(**saved["progress"])
         # The model as it is trained: wrapped for many ranks, compiled.
-        self.net = DistributedDataParallel(self.model) if self.ranks.size > 1 and not options.eval else self.model
+        self.net = DistributedDataParallel(self.model) if RANKS > 1 else self.model
         self.net = torch.compile(self.net) if options.compile else self.net
 
     def dataset(self, split: str) -> data.Dataset:
@@ -539,13 +465,10 @@ class Run:
         return data.Dataset(self.source, split, s.frames, s.height, s.width, recipe.seed, recipe.hide)
 
     def logits(self, net: torch.nn.Module, batch: dict) -> torch.Tensor:
-        clip = [batch[key].to(self.ranks.device, non_blocking=True) for key in ("video", "joints", "visible")]
+        clip = [batch[key].to(self.options.device, non_blocking=True) for key in ("video", "joints", "visible")]
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.options.amp)
-        with torch.autocast(self.ranks.device.type, dtype=dtype, enabled=dtype is not None):
+        with torch.autocast(self.options.device, dtype=dtype, enabled=dtype is not None):
             return net(*clip).float()
-
-    def bar(self, **how) -> tqdm:
-        return tqdm(leave=False, disable=self.ranks.rank > 0 or None, **how)  # None: only in a terminal
 
     def on_signal(self, number, _):
         self.signal = number
@@ -553,19 +476,18 @@ class Run:
             signal.signal(number, signal.default_int_handler)
 
     def stop(self, where: str):
-        if self.ranks.rank == 0:
+        if RANK == 0:
             print(f"stopped {where}; go on with --resume")
         raise SystemExit(self.signal and 128 + self.signal)
 
 
 def fit(run: Run):
     """Train to the last epoch, with a test, a line of the log and a checkpoint after each."""
-    options, first, begin = run.options, run.ranks.rank == 0, time.time()
-    log = options.out / "log.jsonl"
-    if first and not options.resume:
+    options, log = run.options, run.options.out / "log.jsonl"
+    if RANK == 0 and not options.resume:
         for name in FILES:
             (options.out / name).unlink(missing_ok=True)
-    elif first and log.exists():  # drop the lines of epochs that ended after the checkpoint
+    elif RANK == 0 and log.exists():  # drop the lines of epochs that ended after the checkpoint
         log.write_text("".join(log.read_text().splitlines(keepends=True)[: run.progress.epoch]))
     train, test = run.dataset("train"), run.dataset("test")
     caught = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]  # nohup ignores SIGHUP
@@ -573,39 +495,23 @@ def fit(run: Run):
     try:
         while run.progress.epoch < run.recipe.epochs:
             train_one_epoch(run, train)
-            finish_epoch(run, evaluate(run, test)[0], log)
+            result, _ = evaluate(run, test)
+            done = run.progress
+            line = {"epoch": done.epoch + 1, "step": done.step, "loss": done.loss / done.seen, **result}
+            line |= {"lr": run.optimizer.param_groups[0]["lr"], "bad": len(done.bad_clips)}
+            line |= {"seconds": round(done.seconds, 2), "clips_per_second": round(done.seen / done.seconds, 1)}
+            if RANK == 0:
+                print("  ".join(f"{name} {value:.5g}" for name, value in line.items()), flush=True)
+                with log.open("a") as file:
+                    file.write(json.dumps(line) + "\n")
+            run.progress = Progress(epoch=done.epoch + 1, step=done.step, best=max(done.best, result["top1"]))
+            for name in ("best.pt", "last.pt") if result["top1"] > done.best else ("last.pt",):
+                save_checkpoint(run, name)
     finally:  # a notebook goes on
         for number, handler in zip(caught, before):
             signal.signal(number, handler)
-    if first:
-        took = time.time() - begin
-        print(f"best top-1 {run.progress.best:.2%}, {took:.0f} s; checkpoints and log.jsonl in {options.out}")
-
-
-def finish_epoch(run: Run, result: dict, log: Path):
-    """Log the epoch that was tested, save it, and move on to the next one."""
-    progress = run.progress
-    line = {
-        "epoch": progress.epoch + 1,
-        "step": progress.step,
-        "loss": progress.loss / progress.seen,
-        "lr": run.optimizer.param_groups[0]["lr"],
-        **result,
-        "bad": len(progress.bad_clips),
-        "seconds": round(progress.seconds, 2),
-        "clips_per_second": round(progress.seen / progress.seconds, 1),
-    }
-    if run.ranks.rank == 0:
-        with log.open("a") as file:
-            file.write(json.dumps(line) + "\n")
-        text = "epoch {epoch:3}  loss {loss:.4f}  top-1 {top1:.2%}  mean class {mean_class:.2%} of {clips} clips"
-        text += "  {seconds:.0f} s  {clips_per_second:.0f} clips/s  {bad} bad"
-        print(text.format(**line), flush=True)
-    best = max(progress.best, result["top1"])
-    run.progress = Progress(epoch=progress.epoch + 1, step=progress.step, best=best)
-    if best > progress.best:
-        save_checkpoint(run, "best.pt")
-    save_checkpoint(run, "last.pt")
+    if RANK == 0:
+        print(f"best top-1 {run.progress.best:.2%}; checkpoints and log.jsonl in {options.out}")
 
 
 def keep_memory():
@@ -622,20 +528,20 @@ def main(words: list[str] | None = None) -> int:
     data.escape_output()
     try:
         run = Run(*parse_args(words))
-        options, first = run.options, run.ranks.rank == 0
-        if first:
-            verb = f"goes on at step {run.progress.step}" if options.resume else "starts"
-            values = {"ranks": run.ranks.size} | vars(options) | asdict(run.recipe) | asdict(run.settings)
-            listed = " ".join(f"{name}={value}" for name, value in values.items() if name != "preset")
-            print(f"D3T {'tests' if options.eval else verb}, torch {torch.__version__}, {listed}", flush=True)
+        options = run.options
+        verb = "tests" if options.eval else f"goes on at step {run.progress.step}" if options.resume else "starts"
+        if RANK == 0:
+            values = vars(options) | asdict(run.recipe) | asdict(run.settings)
+            listed = " ".join(f"{name}={value}" for name, value in values.items())
+            print(f"D3T {verb}, torch {torch.__version__}, ranks={RANKS} {listed}", flush=True)
         if not options.eval:
             fit(run)
             return 0
         result, scores = evaluate(run, run.dataset("test"))
-        if first:
+        if RANK == 0:
             print(json.dumps(result), flush=True)
-        if first and options.scores:
-            np.savez(options.scores, **scores)
+            if options.scores:
+                np.savez(options.scores, **scores)
         return 0
     except (UsageError, RunError, DataError, OSError) as error:
         sys.stderr.write(f"train.py: {error}\n")  # one call: the lines of several ranks do not mix
@@ -647,8 +553,8 @@ def main(words: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    status = record(main)()  # with `record`, torchrun shows the exception of the rank that failed first
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    status = main()
+    if RANKS > 1:
         # A thread of gloo frees the tensor of the last exchange, for which it takes the interpreter's lock. If the
         # interpreter ends just then, that aborts the process, and torchrun takes a finished run for a failed one.
         sys.stdout.flush()
