@@ -10,10 +10,9 @@
     bad      list of (str, str)      name and "FILE: reason" of the clips that this one replaces (training only)
 
 A source is a function that takes folders and returns a `Source`: its clips with their joints, and how to read a crop of
-frames by number. Joints and videos are compared. A clip is bad if their lengths differ by more than a tenth (not in
-pickles, whose joints are spread), if the frame has another shape, or if most joints lie outside it. To add a data set,
-write that function and enter it in `SOURCES` at the end of this file, by the name that `--data` shall take. This one
-reads ROOT/CLASS/NAME.mp4 with ROOT/CLASS/NAME.npy, joints (frames, 2, 2):
+frames by number. A clip is bad if its joints and its video differ by more than a tenth in length (not in pickles, whose
+joints are spread), or in the shape of the frames. To add a data set, write that function and enter it in `SOURCES` at
+the end of this file. This one reads ROOT/CLASS/NAME.mp4 with ROOT/CLASS/NAME.npy, joints (frames, 2, 2):
 
     def two_hands(roots):
         source = Source(["clap", "wave"], ["left hand", "right hand"], [(0, 1)], read_video)
@@ -133,11 +132,7 @@ def errors_as(kind: type[Exception], what: str):
         raise kind(f"{what}: {reason(error)}") from None
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# Dataset: which frames, which crop, the joints in it
-# --------------------------------------------------------------------------------------------------------------------
-
-
+# ---- Dataset: which frames, which crop, the joints in it -----------------------------------------------------------
 def read_clip(source: Source, clip: Clip, choose: Callable[[int], np.ndarray], size: Size, crop: Crop):
     """Video (T, H, W, 3), joints (T, R, 2) and visible (T, R) of the frames `choose(n)` of a clip of n frames.
 
@@ -154,13 +149,10 @@ def read_clip(source: Source, clip: Clip, choose: Callable[[int], np.ndarray], s
         n = count
     if not source.spread and abs(n - rows) > LENGTHS_DIFFER * rows:
         raise BadClip(f"{clip.media}: {clip.name} has joints of {rows} frames, but {n} frames are in the video")
-    if shown and not source.squeezed:
-        if abs(shown[0] * clip.size[1] / (shown[1] * clip.size[0]) - 1) > SHAPES_DIFFER:
-            sides = "the joints of {} refer to frames of {} x {}, but the video has {} x {} (height x width)"
-            raise BadClip(f"{clip.media}: " + sides.format(clip.name, *clip.size, *shown))
-        inside = ((clip.joints > -1) & (clip.joints < clip.size[::-1])).all(-1) & clip.visible
-        if 2 * inside.sum() < clip.visible.sum():
-            raise BadClip(f"{clip.media}: most joints of {clip.name} lie outside its {clip.size} (height, width)")
+    height, width = shown or clip.size
+    if not source.squeezed and abs(height * clip.size[1] / (width * clip.size[0]) - 1) > SHAPES_DIFFER:
+        sides = "the joints of {} refer to frames of {} x {}, but the video has {} x {} (height x width)"
+        raise BadClip(f"{clip.media}: " + sides.format(clip.name, *clip.size, height, width))
     absent = (0, len(source.joint_names) - clip.joints.shape[1])  # persons that others have
     joints = np.pad(clip.joints[row[frames]], ((0, 0), absent, (0, 0)))
     return video, joints, np.pad(clip.visible[row[frames]], ((0, 0), absent))
@@ -250,10 +242,7 @@ def collate(samples: list[dict]) -> dict:
     return batch | {"video": batch["video"].permute(0, 4, 1, 2, 3), "bad": bad}  # (B, 3, T, H, W)
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# Synthetic: two figures act, the joints say which of them is meant
-# --------------------------------------------------------------------------------------------------------------------
-
+# ---- Synthetic: two figures act, the joints say which of them is meant ---------------------------------------------
 PENN_JOINTS = [  # "left" is the left side of the picture: the right arm of a person who faces the camera
     "head", "left shoulder", "right shoulder", "left elbow", "right elbow", "left wrist", "right wrist",
     "left hip", "right hip", "left knee", "right knee", "left ankle", "right ankle",
@@ -346,10 +335,7 @@ def draw(media: tuple, frames: np.ndarray, size: Size, crop: Crop) -> Frames:
     return Frames(video[:, crop[0], crop[1]].round().astype(np.uint8))
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# Penn Action (Zhang, Zhu, Derpanis, ICCV 2013)
-# --------------------------------------------------------------------------------------------------------------------
-
+# ---- Penn Action (Zhang, Zhu, Derpanis, ICCV 2013) -----------------------------------------------------------------
 PENN_ACTIONS = [
     "baseball_pitch", "baseball_swing", "bench_press", "bowl", "clean_and_jerk", "golf_swing", "jump_rope",
     "jumping_jacks", "pullup", "pushup", "situp", "squat", "strum_guitar", "tennis_forehand", "tennis_serve",
@@ -362,10 +348,8 @@ def penn_action(roots: list[Path]) -> Source:
     need("PIL.Image", "pillow", "to read the frames of Penn Action")
     labels = [path for root in roots for path in sorted((root / "labels").glob("[!.]*.mat"))]
     if not labels or not (roots[0] / "frames").is_dir():
-        raise DataError(
-            f"no Penn Action: looked for {roots[0]}/labels/0001.mat and {roots[0]}/frames/0001/000001.jpg. "
-            "Get Penn_Action.tar.gz from dreamdragon.github.io/PennAction and unpack it, or pass its folder as --root"
-        )
+        get = "get Penn_Action.tar.gz from dreamdragon.github.io/PennAction, or pass its folder as --root"
+        raise DataError(f"no Penn Action: looked for {roots[0]}/labels/0001.mat and frames/0001/000001.jpg; {get}")
     source = Source(PENN_ACTIONS, PENN_JOINTS, PENN_PAIRS, read_jpegs)
     for path in labels:
         try:
@@ -385,17 +369,12 @@ def penn_label(path: Path) -> tuple[str, Clip]:
     from scipy.io import loadmat
 
     label = loadmat(path)
-    action, train = str(label["action"].item()), label["train"].item()
-    if action not in PENN_ACTIONS or train not in (1, -1):
-        raise ValueError(f"action {action!r}, train {train}: expected one of the 15 actions, and 1 or -1")
-    joints, seen = np.stack([label["x"], label["y"]], -1).astype(np.float32), label["visibility"]
-    if not len(joints) or joints.shape[1:] != (13, 2) or seen.shape != joints.shape[:2]:
-        raise ValueError(f"x, y have shape {joints.shape[:-1]}, visibility {seen.shape}, expected (frames, 13)")
-    absent = (seen != 1) & (joints[..., 0] == joints[..., 1]) & (joints[..., 0] < 2)
+    joints, action = np.stack([label["x"], label["y"]], -1).astype(np.float32), str(label["action"].item())
+    absent = (label["visibility"] != 1) & (joints[..., 0] == joints[..., 1]) & (joints[..., 0] < 2)
     visible = np.isfinite(joints).all(-1) & ~absent
     size, folder = tuple(label["dimensions"].ravel()[:2].tolist()), path.parents[1] / "frames" / path.stem
     clip = Clip(path.stem, PENN_ACTIONS.index(action), joints - 1, visible, size, folder)  # MATLAB starts at 1
-    return ("train" if train == 1 else "test"), clip
+    return ("train" if label["train"].item() == 1 else "test"), clip
 
 
 def read_jpegs(folder: Path, frames: np.ndarray, size: Size, crop: Crop) -> Frames:
@@ -415,10 +394,7 @@ def read_jpegs(folder: Path, frames: np.ndarray, size: Size, crop: Crop) -> Fram
     return Frames(video)
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# Video files
-# --------------------------------------------------------------------------------------------------------------------
-
+# ---- Video files ---------------------------------------------------------------------------------------------------
 VIDEOS = (".avi", ".mp4", ".mkv", ".webm", ".mov")
 VIDEO_FORMATS = {"format_whitelist": "avi,mov,matroska,mpegts,flv"}  # none is a playlist, which could open an address
 
@@ -434,21 +410,13 @@ def clip_key(name: str) -> str:
 
 
 def find_files(roots: list[Path], endings: tuple[str, ...]) -> dict[str, list[Path]]:
-    """Files below the roots by `clip_key`, that of their name and that of their path; OSError if a folder is closed."""
-    found, visited, errors = defaultdict(list), set(), []
-    for root in filter(Path.exists, roots):
-        for folder, folders, files in os.walk(root, followlinks=True, onerror=errors.append):
-            real = os.path.realpath(folder)
-            if real in visited:  # a link back, or a root within a root
-                folders.clear()
-                continue
-            visited.add(real)
-            folders.sort(key=lambda name: (os.path.islink(os.path.join(folder, name)), name))  # links last
+    """Files below the roots by `clip_key`, that of their name and that of their path."""
+    found = defaultdict(list)
+    for root in roots:
+        for folder, _, files in os.walk(root, followlinks=True):
             for path in (Path(folder, file) for file in sorted(files) if file.lower().endswith(endings)):
                 for key in {clip_key(path.stem), clip_key(str(path.relative_to(root).with_suffix("")))}:
                     found[key].append(path)
-    if errors:
-        raise errors[0]
     return dict(found)
 
 
@@ -499,10 +467,7 @@ def read_video(path: Path, frames: np.ndarray, size: Size, crop: Crop) -> Frames
     return Frames(video[frames < n], n, shown)
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# NTU RGB+D 60 and 120 (Shahroudy et al., CVPR 2016; Liu et al., TPAMI 2019)
-# --------------------------------------------------------------------------------------------------------------------
-
+# ---- NTU RGB+D 60 and 120 (Shahroudy et al., CVPR 2016; Liu et al., TPAMI 2019) ------------------------------------
 NTU_NAME = re.compile(r"S(\d{3})C(\d{3})P(\d{3})R(\d{3})A(\d{3})")
 NTU_SIZE = (1080, 1920)  # of the colour camera, in whose pixels the skeleton files give the joints
 NTU_JOINTS = [
@@ -517,11 +482,11 @@ NTU120_TRAIN = NTU60_TRAIN | {
     45, 46, 47, 49, 50, 52, 53, 54, 55, 56, 57, 58, 59, 70, 74, 78, 80, 81, 82, 83, 84, 85, 86, 89, 91, 92, 93, 94,
     95, 97, 98, 100, 103,
 }  # fmt: skip
-NTU_PROTOCOLS = {  # actions, whether (setup, camera, performer) trains, samples to expect with and without the lists
-    "ntu60-xsub": (60, lambda s, c, p: p in NTU60_TRAIN, "40,091 and 16,487", "40,320 and 16,560"),
-    "ntu60-xview": (60, lambda s, c, p: c != 1, "37,646 and 18,932", "37,920 and 18,960"),
-    "ntu120-xsub": (120, lambda s, c, p: p in NTU120_TRAIN, "63,026 and 50,919", "63,360 and 51,120"),
-    "ntu120-xset": (120, lambda s, c, p: s % 2 == 0, "54,468 and 59,477", "54,720 and 59,760"),
+NTU_PROTOCOLS = {  # actions, and whether a sample (setup, camera, performer) is for training
+    "ntu60-xsub": (60, lambda s, c, p: p in NTU60_TRAIN),
+    "ntu60-xview": (60, lambda s, c, p: c != 1),
+    "ntu120-xsub": (120, lambda s, c, p: p in NTU120_TRAIN),
+    "ntu120-xset": (120, lambda s, c, p: s % 2 == 0),
 }
 # Who is not a person: the rules of pyskl (ntu_preproc.py) and CTR-GCN (get_raw_denoised_data.py: a share of 0.69754).
 GHOST_FRAMES, GHOST_SPREAD, GHOST_SHARE = 11, 0.8, 0.7
@@ -535,19 +500,14 @@ def ntu(roots: list[Path], protocol: str) -> Source:
     skeletons, videos = ({name: paths for name, paths in each.items() if NTU_NAME.fullmatch(name)} for each in found)
     where = ", ".join(map(str, roots))
     if not skeletons or not videos:
-        raise DataError(
-            f"no NTU RGB+D in {where}: {len(skeletons)} skeletons and {len(videos)} videos like S001C001P001R001A001. "
-            "Get it from rose1.ntu.edu.sg/dataset/actionRecognition, and pass its folders as --root DIR DIR"
-        )
-    actions, trains, without, everything = NTU_PROTOCOLS[protocol]
+        get = "get it from rose1.ntu.edu.sg/dataset/actionRecognition, or pass its folders as --root DIR DIR"
+        raise DataError(f"no S001C001P001R001A001.skeleton with its video, or the like, in {where}; {get}")
+    actions, trains = NTU_PROTOCOLS[protocol]
     lists = sum(find_files(roots, ("samples_with_missing_skeletons.txt",)).values(), [])
     excluded = {match.group() for path in lists for match in NTU_NAME.finditer(path.read_text(errors="replace"))}
     if not any(actions == 60 or "120" in path.name for path in lists):  # the list of NTU 120 holds that of NTU 60
-        print(
-            f"warning: no NTU_RGBD{'120' * (actions == 120)}_samples_with_missing_skeletons.txt in {where}: samples it "
-            f"would name stay in. In all, {everything} samples train and test, {without} without them",
-            file=sys.stderr,
-        )
+        name = f"NTU_RGBD{'120' * (actions == 120)}_samples_with_missing_skeletons.txt"
+        print(f"warning: there is no {name} in {where}: the samples that it names stay in", file=sys.stderr)
     names = [f"{joint} {person}" for person in (1, 2) for joint in NTU_JOINTS]
     pairs = NTU_PAIRS + [(a + 25, b + 25) for a, b in NTU_PAIRS]
     source = Source([f"A{a:03d}" for a in range(1, actions + 1)], names, pairs, read_video, ntu_annotate, video_length)
@@ -570,8 +530,6 @@ def ntu_annotate(clip: Clip) -> Clip:
     videos, path = clip.media
     with errors_as(BadClip, path):
         joints, visible = two_persons(*parse_skeleton(path.read_bytes()))
-        if not len(joints):
-            raise ValueError("it has no frame")
 
     def fits(video):
         with suppress(BadClip):
@@ -592,9 +550,7 @@ def parse_skeleton(text: bytes) -> tuple[int, dict[int, dict[int, np.ndarray]]]:
         frames = int(next(lines))
         for frame in range(frames):
             for _ in range(int(next(lines))):
-                identity, joints = int(next(lines).split()[0]), int(next(lines))
-                if joints != 25:
-                    raise ValueError(f"a body of frame {frame} has {joints} joints, expected 25")
+                identity, _ = int(next(lines).split()[0]), next(lines)  # the number of joints is always 25
                 fields = np.array([[float(word) for word in next(lines).split()] for _ in range(25)]).reshape(25, 12)
                 place = fields[:, :3]  # metres
                 place[~np.isfinite(place)] = 0
@@ -640,10 +596,7 @@ def join_renamed(bodies: dict[int, dict[int, np.ndarray]]) -> list[dict[int, np.
     return persons
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# Pickles in the form of pyskl, FineGYM's among them (Duan et al., CVPR 2022; Shao et al., CVPR 2020)
-# --------------------------------------------------------------------------------------------------------------------
-
+# ---- Pickles in the form of pyskl, FineGYM's among them (Duan et al., CVPR 2022; Shao et al., CVPR 2020) -----------
 COCO_JOINTS = [
     "nose", "left eye", "right eye", "left ear", "right ear", "left shoulder", "right shoulder", "left elbow",
     "right elbow", "left wrist", "right wrist", "left hip", "right hip", "left knee", "right knee", "left ankle",
@@ -700,16 +653,11 @@ class Unpickler(pickle.Unpickler):
         return known
 
 
-NO_PICKLE = {b"\x1f": "gzipped", b"P": "a zip archive", b"{": "JSON", b"[": "JSON", b"\x93": "an array of numpy"}
-
-
 def read_pickle(path: Path, splits: tuple[str, str]) -> tuple[Source, dict, set[str], set[str]]:
     """A source without its clips, their {clip key: (name, entry)}, and the keys for training and for testing."""
-    with errors_as(DataError, f"{path}: expected a pickle {{split, annotations}}"):
-        with path.open("rb") as file:
-            if start := NO_PICKLE.get(file.peek(1)[:1]):
-                raise ValueError(f"it is {start}")
-            content = Unpickler(file).load()
+    what = f"{path}: expected a pickle {{split, annotations}}, not compressed, and no JSON"
+    with errors_as(DataError, what), path.open("rb") as file:
+        content = Unpickler(file).load()
         listed, annotations = content["split"], content["annotations"]
         if not {*splits} <= listed.keys():
             raise ValueError(f"it has no {' or '.join(splits)}; its splits are {[*listed]}")
@@ -722,11 +670,9 @@ def read_pickle(path: Path, splits: tuple[str, str]) -> tuple[Source, dict, set[
             raise ValueError(f"clips are for training and test alike, such as {min(train & test)}")
         own = "joint_names" in content
         joints, pairs = (content["joint_names"], content["flip_pairs"]) if own else (COCO_JOINTS, COCO_PAIRS)
-        classes, numbers = content.get("label_names", []), [joint for pair in pairs for joint in pair]
-        for each in (joints, classes, numbers):
-            if isinstance(each, (str, dict)) or len({*each}) < len(each) or not {*numbers} <= {*range(len(joints))}:
-                raise ValueError(f"joint_names, label_names, flip_pairs: expected lists, each name once, not {each}")
-    classes, joints = [*map(str, classes)], [*map(str, joints)]  # a checkpoint refuses strings of numpy
+        if not {joint for pair in pairs for joint in pair} <= {*range(len(joints))}:
+            raise ValueError(f"flip_pairs {pairs}: expected numbers of the {len(joints)} joints")
+        classes, joints = [*map(str, content.get("label_names", []))], [*map(str, joints)]  # checkpoints need plain str
     return Source(classes, joints, [*pairs], read_video, length=video_length, spread=True), entries, train, test
 
 
@@ -756,9 +702,6 @@ def pyskl(roots: list[Path], annotations: Path, split_train="train", split_val="
         persons = max(persons, clip.joints.shape[1] // k)
         source.clips["train" if key in train else "test"].append(clip)
     source.missing += [f"{key} has no annotation in {annotations}" for key in sorted((train | test) - entries.keys())]
-    if not any(source.clips.values()):
-        why = [*source.problems, *source.missing, "it names none"][0]
-        raise DataError(f"{annotations}: no clip of it can be used with {', '.join(map(str, roots))}: {why}")
     source.classes = source.classes or [str(label) for label in range(labels)]
     source.joint_names += [f"{name} {p + 1}" for p in range(1, persons) for name in source.joint_names]
     source.flip_pairs += [(a + k * p, b + k * p) for p in range(1, persons) for a, b in source.flip_pairs]
@@ -773,8 +716,6 @@ def pyskl_clip(name: str, entry: dict, k: int, class_count: int, min_score: floa
     label, (height, width), n = int(entry["label"]), map(int, entry["img_shape"]), len(joints)
     if label != entry["label"] or not 0 <= label < class_count:  # each number below the largest label is a class, too
         raise ValueError(f"label {entry['label']!r}, expected a whole number below {class_count}")
-    if min(height, width) < 1:
-        raise ValueError(f"img_shape is {entry['img_shape']}, expected (height, width)")
     joints, visible = joints[:, :2].reshape(n, -1, 2), visible[:, :2].reshape(n, -1)
     return Clip(name, label, joints, visible, (height, width), None)
 
@@ -804,10 +745,7 @@ def finegym(roots: list[Path], min_score: float = 0.0) -> Source:
     return pyskl(roots, other if other.exists() and not path.exists() else path, min_score=min_score)
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# All data sets
-# --------------------------------------------------------------------------------------------------------------------
-
+# ---- All data sets -------------------------------------------------------------------------------------------------
 NTU_ROOTS = ["datasets/nturgb+d_rgb", "datasets/nturgb+d_skeletons"]
 SOURCES = {  # the function of each, and where to look
     "synthetic": (synthetic, []),
@@ -831,8 +769,8 @@ def add_flags(parser) -> None:
 def load(options: argparse.Namespace) -> Source:
     """The data set that the flags name, indexed; DataError if it is not there, UsageError for the flags."""
     function, roots = SOURCES[options.data]
-    flags = {name: getattr(options, name) for name in ("annotations", "split_train", "split_val", "min_score")}
-    given = {name: value for name, value in flags.items() if value}
+    flags = ("annotations", "split_train", "split_val", "min_score")
+    given = {name: value for name in flags if (value := getattr(options, name))}
     for name in given.keys() - inspect.signature(function).parameters.keys():
         raise UsageError(f"--{name.replace('_', '-')} is not for --data {options.data}")
     if options.root and not roots:
@@ -840,15 +778,10 @@ def load(options: argparse.Namespace) -> Source:
     for root in options.root or []:
         if not root.is_dir():
             raise UsageError(f"--root: there is no folder {root}")
-    if options.annotations and not options.annotations.is_file():
-        raise UsageError(f"--annotations: there is no file {options.annotations}")
-    if options.data == "pyskl" and not options.annotations:
-        raise UsageError("--data pyskl needs --annotations PKL")
+    if options.data == "pyskl" and not (options.annotations and options.annotations.is_file()):
+        raise UsageError(f"--data pyskl needs --annotations PKL, and there is no file {options.annotations}")
     roots = options.root or [Path(root) for root in roots]
-    try:
-        return function(*[roots] if roots else [], **given)
-    except OSError as error:  # a folder or a list that may not be read
-        raise DataError(reason(error)) from None
+    return function(*[roots] if roots else [], **given)
 
 
 def match(source: Source, classes: list[str], joint_names: list[str]) -> Source:
@@ -861,26 +794,6 @@ def match(source: Source, classes: list[str], joint_names: list[str]) -> Source:
     label = [classes.index(name) for name in source.classes]
     clips = {split: [replace(c, label=label[c.label]) for c in clips] for split, clips in source.clips.items()}
     return replace(source, classes=classes, joint_names=joint_names, clips=clips)
-
-
-def one_clip(video: Path, keypoint: np.ndarray, score: np.ndarray | None, joint_names: list[str]) -> Source:
-    """A source with one test clip: a video with joints, for a checkpoint with these names of joints (of all persons).
-
-    keypoint (M, n, K, 2 or 3) has a row for each frame, in pixels of the frame as it is shown; the score (M, n, K) may
-    be its third column. The checkpoint may know more than M persons. The label is unknown: -1.
-    """
-    need("av", "av", "to read a video")
-    with errors_as(UsageError, f"the joints of {video}"):
-        joints, visible = as_joints(keypoint, score)
-        n, persons, k = visible.shape
-        second = joint_names[k : k + 1]  # the first joint of the second person, if the checkpoint knows one
-        if persons * k > len(joint_names) or second not in ([], [joint_names[0].removesuffix(" 1") + " 2"]):
-            raise ValueError(f"{persons} persons with {k} joints; the checkpoint knows {', '.join(joint_names)}")
-    size = read_video(video, np.array([0]), (8, 8), (slice(0, 8), slice(0, 8))).size
-    source = Source([], joint_names, [], read_video, length=video_length)
-    clip = Clip(Path(video).stem, -1, joints.reshape(n, -1, 2), visible.reshape(n, -1), size, video)
-    source.clips["test"].append(clip)
-    return source
 
 
 def escape_output() -> None:

@@ -403,9 +403,8 @@ def configure(options: argparse.Namespace, given: dict, source: data.Source, sav
         settings, recipe = (kind(**{f.name: values[f.name] for f in fields(kind)}) for kind in (Settings, Recipe))
     parts = RANKS * recipe.accumulate
     if not options.eval and (recipe.batch % parts or recipe.batch > clips[0]):
-        raise UsageError(
-            f"--batch {recipe.batch} must divide by {parts} (ranks x --accumulate) and be <= {clips[0]} (clips)"
-        )
+        parts = f"{parts} (ranks x --accumulate), at most {clips[0]} (training clips)"
+        raise UsageError(f"--batch {recipe.batch}: expected a multiple of {parts}")
     return settings, recipe
 
 
