@@ -151,8 +151,8 @@ def read_clip(source: Source, clip: Clip, choose: Callable[[int], np.ndarray], s
         raise BadClip(f"{clip.media}: {clip.name} has joints of {rows} frames, but {n} frames are in the video")
     height, width = shown or clip.size
     if not source.squeezed and abs(height * clip.size[1] / (width * clip.size[0]) - 1) > SHAPES_DIFFER:
-        sides = "the joints of {} refer to frames of {} x {}, but the video has {} x {} (height x width)"
-        raise BadClip(f"{clip.media}: " + sides.format(clip.name, *clip.size, height, width))
+        sizes = f"frames of {clip.size}, but the video has {height, width} (height, width)"
+        raise BadClip(f"{clip.media}: the joints of {clip.name} refer to {sizes}")
     absent = (0, len(source.joint_names) - clip.joints.shape[1])  # persons that others have
     joints = np.pad(clip.joints[row[frames]], ((0, 0), absent, (0, 0)))
     return video, joints, np.pad(clip.visible[row[frames]], ((0, 0), absent))
@@ -452,11 +452,11 @@ def read_video(path: Path, frames: np.ndarray, size: Size, crop: Crop) -> Frames
     from av.video.reformatter import VideoReformatter
 
     video = np.empty((len(frames), *(edge.stop - edge.start for edge in crop), 3), np.uint8)
-    wanted, n, shown = set(frames.tolist()), 0, None
+    n, shown = 0, None
     scaler = VideoReformatter()  # one for all frames: setting it up costs more than scaling
     with errors_as(BadClip, path):
         for n, picture in enumerate((each for packet in packets(path) for each in packet.decode()), start=1):
-            if n - 1 in wanted:
+            if n - 1 in frames:
                 turns = round(picture.rotation / 90)  # to the left: a phone may store an upright video on its side
                 height, width = size[:: -1 if turns % 2 else 1]
                 shown = (picture.height, picture.width)[:: -1 if turns % 2 else 1]
@@ -655,8 +655,7 @@ class Unpickler(pickle.Unpickler):
 
 def read_pickle(path: Path, splits: tuple[str, str]) -> tuple[Source, dict, set[str], set[str]]:
     """A source without its clips, their {clip key: (name, entry)}, and the keys for training and for testing."""
-    what = f"{path}: expected a pickle {{split, annotations}}, not compressed, and no JSON"
-    with errors_as(DataError, what), path.open("rb") as file:
+    with errors_as(DataError, f"{path}: expected a pickle {{split, annotations}}"), path.open("rb") as file:
         content = Unpickler(file).load()
         listed, annotations = content["split"], content["annotations"]
         if not {*splits} <= listed.keys():

@@ -365,8 +365,7 @@ def parse_args(words: list[str] | None) -> tuple[argparse.Namespace, dict]:
         for f in (f for f in fields(kind) if f.name in DEFAULTS):
             others = [f"; {name} {p[f.name]}" for name, p in PRESETS.items() if p[f.name] != f.default]
             text = f"{f.metadata['help']} [{f.default}{''.join(others)}]"
-            how = {"type": f.type, "metavar": f.type.__name__}
-            how = {"action": argparse.BooleanOptionalAction} if f.type is bool else how
+            how = dict(action=argparse.BooleanOptionalAction) if f.type is bool else dict(type=f.type, metavar="VALUE")
             add("--" + f.name.replace("_", "-"), **how, default=argparse.SUPPRESS, help=text)
 
     options = parser.parse_args(words)
