@@ -498,16 +498,15 @@ def ntu(roots: list[Path], protocol: str) -> Source:
     need("av", "av", "to read the videos of NTU RGB+D")
     found = find_files(roots, (".skeleton",)), find_files(roots, VIDEOS)
     skeletons, videos = ({name: paths for name, paths in each.items() if NTU_NAME.fullmatch(name)} for each in found)
-    where = ", ".join(map(str, roots))
     if not skeletons or not videos:
         get = "get it from rose1.ntu.edu.sg/dataset/actionRecognition, or pass its folders as --root DIR DIR"
-        raise DataError(f"no S001C001P001R001A001.skeleton with its video, or the like, in {where}; {get}")
+        raise DataError(f"no S001C001P001R001A001.skeleton with its video, or the like, in {[*map(str, roots)]}; {get}")
     actions, trains = NTU_PROTOCOLS[protocol]
     lists = sum(find_files(roots, ("samples_with_missing_skeletons.txt",)).values(), [])
     excluded = {match.group() for path in lists for match in NTU_NAME.finditer(path.read_text(errors="replace"))}
     if not any(actions == 60 or "120" in path.name for path in lists):  # the list of NTU 120 holds that of NTU 60
         name = f"NTU_RGBD{'120' * (actions == 120)}_samples_with_missing_skeletons.txt"
-        print(f"warning: there is no {name} in {where}: the samples that it names stay in", file=sys.stderr)
+        print(f"warning: there is no {name}: the samples that it would name stay in", file=sys.stderr)
     names = [f"{joint} {person}" for person in (1, 2) for joint in NTU_JOINTS]
     pairs = NTU_PAIRS + [(a + 25, b + 25) for a, b in NTU_PAIRS]
     source = Source([f"A{a:03d}" for a in range(1, actions + 1)], names, pairs, read_video, ntu_annotate, video_length)
