@@ -53,11 +53,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-# --------------------------------------------------------------------------------------------------------------------
-# Backbone: R(2+1)D (Sec. 3.1, [45])
-# --------------------------------------------------------------------------------------------------------------------
 
-
+# ---- Backbone: R(2+1)D (Sec. 3.1, [45]) ----------------------------------------------------------------------------
 def conv2plus1d(inputs: int, middle: int, outputs: int, stride: int = 1, k: int = 3) -> nn.Sequential:
     """A 3 x k x k convolution, factored into one over space and one over time; `stride` is spatial."""
     return nn.Sequential(
@@ -108,11 +105,7 @@ class Trunk(nn.Module):
         return F_a, F_b
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# Pose modality: the Gaussian joint tokenizer (Sec. 3.1)
-# --------------------------------------------------------------------------------------------------------------------
-
-
+# ---- Pose modality: the Gaussian joint tokenizer (Sec. 3.1) --------------------------------------------------------
 def joint_heatmaps(joints: Tensor, visible: Tensor, size: tuple[int, int], stride: int, sigma: float) -> Tensor:
     """Eq. (2): a Gaussian of height 1 around each joint, on a map of one cell every `stride` pixels.
 
@@ -144,11 +137,7 @@ def joint_tokens(F_a: Tensor, joints: Tensor, visible: Tensor, sigma: float) -> 
         return torch.einsum("bcthw, btrhw -> btrc", F_a, heatmaps)  # Eq. (1)
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# 3D deformable attention (Sec. 3.2, Fig. 2b, Fig. 3)
-# --------------------------------------------------------------------------------------------------------------------
-
-
+# ---- 3D deformable attention (Sec. 3.2, Fig. 2b, Fig. 3) -----------------------------------------------------------
 class AttentionBlock(nn.Module):
     """Eq. (6) and (7), in all three attentions: queries X (B, Q, D), keys and values X~ (B, S, D) -> (B, Q, D)."""
 
@@ -244,11 +233,7 @@ class DeformableAttention(nn.Module):
         return X.unflatten(1, (T, -1)).split([h * w, M.shape[2]], dim=2)  # Z, [M_RGB, M'_CLS]
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# Stride attention (Sec. 3.2, Fig. 4)
-# --------------------------------------------------------------------------------------------------------------------
-
-
+# ---- Stride attention (Sec. 3.2, Fig. 4) ---------------------------------------------------------------------------
 def window_index(length: int, window: int, stride: int) -> Tensor:
     """Positions in each of n windows, (n, window): one every `stride`, the last moved back to end with the series."""
     starts = [*range(0, length - window, stride), length - window]
@@ -310,11 +295,7 @@ class TemporalStrideAttention(nn.Module):
         return mean_of_windows(asked, self.index, dim=1, length=X.shape[1])
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# The model (Fig. 2a)
-# --------------------------------------------------------------------------------------------------------------------
-
-
+# ---- The model (Fig. 2a) -------------------------------------------------------------------------------------------
 def setting(default, text: str, zero: bool = False):
     """A field of a dataclass with its line of help. A number has to be positive; with `zero` it may also be 0."""
     return field(default=default, metadata={"help": text, "zero": zero})

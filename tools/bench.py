@@ -50,11 +50,8 @@ ATTENTIONS = ("deformable", "joint", "temporal")
 PARTS = ("trunk", "joint tokenizer", "token search", *(f"{name} attention" for name in ATTENTIONS))
 GIB = 2**30
 
-# --------------------------------------------------------------------------------------------------------------------
-# How it is measured
-# --------------------------------------------------------------------------------------------------------------------
 
-
+# ---- How it is measured --------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Version:
     settings: Settings
@@ -209,11 +206,7 @@ def row(name: str, *cells, form: str = "{}"):
     print(f"{name:36}" + "".join(f"{form.format(cell):>16}" for cell in cells), flush=True)
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# Sections
-# --------------------------------------------------------------------------------------------------------------------
-
-
+# ---- Sections ------------------------------------------------------------------------------------------------------
 def speed(versions: dict[str, Version], clips: int, options: argparse.Namespace, parts: bool = False):
     """Print time, rate and memory of forward and step of each version, and of the parts of a forward."""
     device, (first, *_), work = options.device, versions, {}

@@ -30,11 +30,8 @@ from tools.common import file_name, tool
 
 CELL = 8  # pixels from one RGB token to the next
 
-# --------------------------------------------------------------------------------------------------------------------
-# The attention of the modal tokens
-# --------------------------------------------------------------------------------------------------------------------
 
-
+# ---- The attention of the modal tokens -----------------------------------------------------------------------------
 @dataclass
 class Explanation:
     """What the modal tokens attend to in each of the L blocks, mean over heads; None where an attention is disabled.
@@ -141,11 +138,7 @@ def attended_frames(temporal: d3t.TemporalStrideAttention, recorded: dict, s: Se
     return mean_of_windows(rows, temporal.index, dim=1, length=s.frames)
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# Pictures
-# --------------------------------------------------------------------------------------------------------------------
-
-
+# ---- Pictures ------------------------------------------------------------------------------------------------------
 def show_frame(axis, item: dict, t: int):
     axis.imshow(item["video"][:, t].permute(1, 2, 0).numpy())
     axis.set(xticks=[], yticks=[], autoscale_on=False)
@@ -244,11 +237,7 @@ def draw_clip(plt, item: dict, model: D3T, source: data.Source, stem: Path):
     print(f"{item['name']}: {guess} ({found['probabilities'].max():.1%}), label {label}")
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# Command line
-# --------------------------------------------------------------------------------------------------------------------
-
-
+# ---- Command line --------------------------------------------------------------------------------------------------
 def load_model(path: Path) -> tuple[D3T, dict]:
     """The model of a checkpoint, and the checkpoint; UsageError if it is none."""
     saved = train.load_checkpoint(path)
