@@ -49,11 +49,8 @@ DOUBLE = torch.float64
 
 torch.set_num_threads(1)  # more gain nothing here, and then sums are the same in all processes
 
-# --------------------------------------------------------------------------------------------------------------------
-# The oracle: plain loops, float64, from the paper
-# --------------------------------------------------------------------------------------------------------------------
 
-
+# ---- The oracle: plain loops, float64, from the paper --------------------------------------------------------------
 def weights(module) -> dict:
     """Parameters of a module as numpy arrays by name."""
     return {name: p.detach().numpy() for name, p in module.named_parameters()}
@@ -172,12 +169,8 @@ def loop_temporal_stride(X, w, heads, window, stride):
     T, N, D = X.shape
     copies = {t: [] for t in range(T)}
     for start in loop_starts(T, window, stride):
-        out = loop_attention(
-            X[start : start + window].reshape(-1, D),
-            X[start : start + window].reshape(-1, D),
-            part(w, "attention."),
-            heads,
-        )
+        tokens = X[start : start + window].reshape(-1, D)
+        out = loop_attention(tokens, tokens, part(w, "attention."), heads)
         for t, frame in zip(range(start, start + window), out.reshape(window, N, D)):
             copies[t].append(frame)
     return np.array([np.mean(copies[t], 0) for t in range(T)])
@@ -196,11 +189,7 @@ def loop_block(Z, P, m_rgb, m_cls, m_pose, w, s):
     return X[:, :N], X[:, N : N + R], X[:, -3], X[:, -2], X[:, -1]
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# The model against the oracle
-# --------------------------------------------------------------------------------------------------------------------
-
-
+# ---- The model against the oracle ----------------------------------------------------------------------------------
 def randomize(module, scale=0.3):
     """Every parameter random, so that nothing is right because it is zero or one; in float64."""
     generator = torch.Generator().manual_seed(1)
@@ -353,11 +342,7 @@ def test_head_without_modal_tokens():
     close(logits, model.head(torch.cat([x.mean((1, 2)) for x in tokens[:2]], dim=1)))
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# What the oracle does not show: known mistakes of others, gradients, ablations, settings, precision, batches
-# --------------------------------------------------------------------------------------------------------------------
-
-
+# ---- What the oracle does not show: known mistakes of others, gradients, ablations, settings, precision, batches ---
 @pytest.mark.parametrize("push", [-1, 0, 1])
 @pytest.mark.parametrize("grid, k", [((5, 9, 7), 3), ((7, 8, 9), 7), ((1, 5, 8), 3)])
 def test_search_without_weights_returns_an_exact_crop(grid, k, push):
@@ -642,11 +627,7 @@ def test_data_flow_at_the_papers_size(monkeypatch):
         assert shapes[symbol] == tuple(map(int, shape.split(","))), symbol
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# Data
-# --------------------------------------------------------------------------------------------------------------------
-
-
+# ---- Data ----------------------------------------------------------------------------------------------------------
 def same(a: dict, b: dict) -> bool:
     return all(torch.equal(a[key], b[key]) for key in ("video", "joints", "visible")) and a["label"] == b["label"]
 
@@ -1598,10 +1579,7 @@ def test_a_folder_that_may_not_be_read(tmp_path, monkeypatch):
         data.load(options("--data", "ntu60-xsub", "--root", tmp_path))
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# Training, in this process
-# --------------------------------------------------------------------------------------------------------------------
-
+# ---- Training, in this process -------------------------------------------------------------------------------------
 TINY = "--channels 4 --height 16 --width 16 --frames 4 --heads 2 --blocks 1 --device cpu"
 
 SMALL = TINY + " --batch 8 --epochs 2 --warmup 0.5 --workers 0"  # 5 steps an epoch on the 43 clips of `fit`
@@ -2163,10 +2141,7 @@ def test_precision_on_cuda(has_bf16, amp, monkeypatch):
         train.parse_args([])
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# Training, in processes of its own
-# --------------------------------------------------------------------------------------------------------------------
-
+# ---- Training, in processes of its own -----------------------------------------------------------------------------
 SERVER = multiprocessing.get_context("forkserver")  # imports torch once and forks each process below
 
 SERVER.set_forkserver_preload(["test_d3t", "torch._dynamo"])
@@ -2366,10 +2341,7 @@ def test_cuda(fit, tmp_path, amp):
     assert fit(f"--eval {tmp_path}/run/best.pt")[0] == 0
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# The README
-# --------------------------------------------------------------------------------------------------------------------
-
+# ---- The README ----------------------------------------------------------------------------------------------------
 README = (HERE / "README.md").read_text()
 
 
