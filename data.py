@@ -413,7 +413,7 @@ def find_files(roots: list[Path], endings: tuple[str, ...]) -> dict[str, list[Pa
     """Files below the roots by `clip_key`, that of their name and that of their path."""
     found = defaultdict(list)
     for root in roots:
-        for folder, _, files in os.walk(root, followlinks=True):
+        for folder, _, files in sorted(os.walk(root, followlinks=True)):
             for path in (Path(folder, file) for file in sorted(files) if file.lower().endswith(endings)):
                 for key in {clip_key(path.stem), clip_key(str(path.relative_to(root).with_suffix("")))}:
                     found[key].append(path)
@@ -500,7 +500,7 @@ def ntu(roots: list[Path], protocol: str) -> Source:
     skeletons, videos = ({name: paths for name, paths in each.items() if NTU_NAME.fullmatch(name)} for each in found)
     if not skeletons or not videos:
         get = "get it from rose1.ntu.edu.sg/dataset/actionRecognition, or pass its folders as --root DIR DIR"
-        raise DataError(f"no S001C001P001R001A001.skeleton with its video, or the like, in {[*map(str, roots)]}; {get}")
+        raise DataError(f"no NTU RGB+D in {[*map(str, roots)]}: looked for S001C001P001R001A001.skeleton, .avi; {get}")
     actions, trains = NTU_PROTOCOLS[protocol]
     lists = sum(find_files(roots, ("samples_with_missing_skeletons.txt",)).values(), [])
     excluded = {match.group() for path in lists for match in NTU_NAME.finditer(path.read_text(errors="replace"))}
