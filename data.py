@@ -586,7 +586,7 @@ def join_renamed(bodies: dict[int, dict[int, np.ndarray]]) -> list[dict[int, np.
         start, gaps = min(track), []  # metres from each person to where the track starts
         for person in persons:
             nearest = min(person, key=lambda frame: (abs(frame - start), frame))
-            apart = (person[nearest] - track[start])[:, :3].mean(0)
+            apart = (person[nearest][:, :3] - track[start][:, :3]).mean(0)
             gaps.append(np.inf if person.keys() & track.keys() else np.linalg.norm(apart))
         if min(gaps, default=np.inf) < RENAME_DISTANCE:
             persons[np.argmin(gaps)].update(track)
