@@ -141,7 +141,7 @@ class Progress:
     epoch: int = 0
     seen: int = 0  # clips of this epoch that have been trained on
     step: int = 0  # optimizer steps in all
-    loss: float = 0.0  # mean over these clips
+    loss: float = 0.0  # sum over these clips
     bad_clips: dict[str, str] = field(default_factory=dict)  # clips of this epoch that cannot be read, and why
     seconds: float = 0.0  # spent on training this epoch
     best: float = -1.0  # top-1
@@ -499,7 +499,7 @@ def fit(run: Run):
             line |= {"lr": run.optimizer.param_groups[0]["lr"], "bad": len(done.bad_clips)}
             line |= {"seconds": round(done.seconds, 2), "clips_per_second": round(done.seen / done.seconds, 1)}
             if RANK == 0:
-                print("  ".join(f"{name} {value:.5g}" for name, value in line.items()), flush=True)
+                print("  ".join(f"{name} {value:.6g}" for name, value in line.items()), flush=True)
                 with log.open("a") as file:
                     file.write(json.dumps(line) + "\n")
             run.progress = Progress(epoch=done.epoch + 1, step=done.step, best=max(done.best, result["top1"]))
