@@ -1298,6 +1298,7 @@ def test_a_training_step(amp, fit, monkeypatch):
     rates, norms, step = [], [], torch.optim.AdamW.step
 
     def spy(self, *words, **more):
+        assert getattr(self, "grad_scale", None) is None  # the step would unscale them, after they were clipped
         rates.append(self.param_groups[0]["lr"])
         norms.append(torch.stack([p.grad.norm() for group in self.param_groups for p in group["params"]]).norm().item())
         return step(self, *words, **more)
@@ -1469,9 +1470,8 @@ def test_what_a_source_lacks(fit, monkeypatch):
     monkeypatch.setitem(data.SOURCES, "synthetic", (lambda: source, []))
     source.missing = ["gone has no video"]
     assert "warning: 1 clips are left out: gone has no video ...\n" in fit("--stop-after 1")[1]
-    source.missing = []
     source.clips["test"].pop()
-    assert fit("--resume") == (2, "train.py: the checkpoint does not fit: clips is [43, 11], not [43, 10]\n")
+    assert "the checkpoint does not fit: clips is [43, 11], not [43, 10]" in fit("--resume")[1]
     source.clips["train"].clear()
     assert "synthetic has 0 training and 10 test clips" in fit("--overwrite")[1]
     source.problems = ["walk.avi: damaged"]
@@ -1510,8 +1510,8 @@ USAGE = {
     "--eval {0}/run/last.pt --channels 8": "channels is 4, not 8", "--eval {0}/run/last.pt --preset tiny": "--preset",
     "--eval {0}/run/last.pt --weights x": "--weights", "--eval {0}/run/last.pt --scores x.csv": ".npz",
     "--scores x.npz": "--eval", "--weights {0}/evil.pt": "--weights .*evil.pt does not fit: Weights only load failed",
-    "--channels 8 --weights {0}/run/last.pt": "--weights .*last.pt does not fit: ", "--batch 7 --accumulate 2": "by 2 ",
-    "--out {0}/run --overwrite --batch 64": "<= 43", "--warmup 2": "warmup = 2", "--warmup nan": "warmup must be",
+    "--channels 8 --weights {0}/run/last.pt": "--weights .*last.pt does not fit: ", "--batch 7 --accumulate 2": "of 2 ",
+    "--out {0}/run --overwrite --batch 64": "most 43", "--warmup 2": "warmup = 2", "--warmup nan": "warmup must be",
     "--hide me": "joints", "--workers -1": "--workers", "--stop-after 0": "--stop-after",
     "--save-every 0": "--save-every", "--device cuda": "--device cuda: ",
 }  # fmt: skip

@@ -33,6 +33,20 @@ def read_joints(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
         return arrays["keypoint"], arrays.get("keypoint_score")
 
 
+def one_clip(video: Path, keypoint: np.ndarray, score: np.ndarray | None, joint_names: list[str]) -> data.Source:
+    """A source with one test clip, its label unknown (-1), for a checkpoint with these names of all persons' joints."""
+    data.need("av", "av", "to read a video")
+    with data.errors_as(data.UsageError, f"the joints of {video}"):
+        joints, visible = data.as_joints(keypoint, score)
+        n, persons, k = visible.shape
+        second = joint_names[0].removesuffix(" 1") + " 2"  # the first joint of the second person, if there is one
+        if persons * k > len(joint_names) or joint_names[k : k + 1] not in ([], [second]):
+            raise ValueError(f"{persons} persons with {k} joints; the checkpoint knows {', '.join(joint_names)}")
+    size = data.read_video(video, np.array([0]), (8, 8), (slice(0, 8), slice(0, 8))).size
+    clip = data.Clip(Path(video).stem, -1, joints.reshape(n, -1, 2), visible.reshape(n, -1), size, video)
+    return data.Source([], joint_names, [], data.read_video, clips={"test": [clip]})
+
+
 def draw(item: dict, path: Path):
     """The frames with their joints; a joint has the same colour in all of them."""
     plots = data.need("matplotlib.figure", "matplotlib", "to draw the joints")
@@ -62,7 +76,7 @@ def main(words: list[str] | None = None):
     parser.add_argument("--out", type=Path, metavar="DIR", help="draw the joints on the frames, to a file there")
     options = parser.parse_args(words)
     model, saved = load_model(options.checkpoint)
-    source = data.one_clip(options.video, *read_joints(options.joints), saved["joint_names"])
+    source = one_clip(options.video, *read_joints(options.joints), saved["joint_names"])
     item = clips_to_test(source, saved)[0]
     probabilities = model(item["video"][None], item["joints"][None], item["visible"][None])[0].softmax(-1)
     for probability, label in zip(*probabilities.topk(min(SHOWN, len(probabilities)))):
