@@ -330,7 +330,7 @@ def test_predict(trained, tmp_path, monkeypatch, capsys):
         frame[y - 8 : y + 9, x - 8 : x + 9] = 250
     np.savez(tmp_path / "clip.npz", keypoint=joints, keypoint_score=score)
     path = test_d3t.write_video(tmp_path / "clip.mp4", np.rot90(video, 1, (1, 2)))
-    test_d3t.turn(path, 1)  # a phone stores an upright video on its side
+    test_d3t.patch(path, 1)  # a phone stores an upright video on its side
     for first in ("", " 1"):
         names = [f"{joint}{person}" for person in (first, " 2") for joint in data.PENN_JOINTS]
         torch.save(saved | {"joint_names": names}, tmp_path / "large.pt")
