@@ -195,7 +195,7 @@ def test_sections_of_the_benchmark(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(train, "keep_memory", lambda: None)  # it would last for the life of this process
     monkeypatch.setattr(data, "synthetic", partial(data.synthetic, 1))  # with one clip in training
     flags = "--preset tiny --channels 4 --height 16 --width 24 --joints 8 --rounds 1 --matrix 64 --amp off"
-    flags += f" --clips 3 --workers 0 --out {tmp_path} --no-temporal-attention"
+    flags += f" --clips 3 --workers 0 --out {tmp_path}/out --no-temporal-attention"
     for section in bench.SECTIONS:
         assert bench.main([section, *flags.split()]) == 0
     printed = [line.split() for line in capsys.readouterr().out.splitlines()]
@@ -203,7 +203,7 @@ def test_sections_of_the_benchmark(tmp_path, monkeypatch, capsys):
     assert all(float(figure) > 0 for figure in loaded[-3:])
     grown = [line[-1] for line in printed if line[:2] == ["joint", "tokenizer"] and len(line) == 4]
     assert grown == ["1.00", "1.00"] and ["temporal", "attention"] not in [line[:2] for line in printed]
-    assert (tmp_path / "scaling-8.png").stat().st_size > 10_000
+    assert (tmp_path / "out" / "scaling-8.png").stat().st_size > 10_000
 
 
 def test_ablation(tmp_path, monkeypatch, capsys):
@@ -244,7 +244,7 @@ def test_ablation(tmp_path, monkeypatch, capsys):
     assert re.search("0/seed-.* ended with status 1: 2 threads", capsys.readouterr().err)
 
 
-@pytest.mark.parametrize("frames, stride", [(6, 2), (6, 4), (10, 2), (12, 3)])
+@pytest.mark.parametrize("frames, stride", [(6, 2), (6, 4), (5, 2), (12, 3)])
 @pytest.mark.parametrize("what", [*ablate.TABLES, *ablate.FIGURES])
 def test_rows_of_the_ablations(what, frames, stride):
     """Catches: a row that the command line refuses, two rows that are the same model, no row to compare with."""
@@ -270,12 +270,12 @@ def test_check_counts_what_is_there(workers, monkeypatch, capsys):
     hidden, shown = np.zeros((2, 2), bool), np.array([[True, False], [True, True]])
     annotate = partial(dataclasses.replace, joints=np.zeros((2, 2, 2)))
     source = data.Source(["x", "y"], ["head", "hand"], [], read, annotate, problems=["broken"], missing=["M is gone"])
-    source.clips["train"] = [data.Clip(name, name == "b", None, shown, (9, 9), name) for name in "ab"]
+    source.clips["train"] = [data.Clip(name, name == "b", None, shown, (9, 9), name) for name in "aab"]
     source.clips["test"] = [data.Clip("c", 1, None, hidden, (9, 9), "c"), data.Clip("d", 1, None, shown, (9, 9), "d")]
     monkeypatch.setattr(data, "load", lambda options: source)
     assert check.main(["--workers", f"{workers}"]) == 1
     lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
-    assert lines[1:5] == ["x 1 0", "y 1 2", "all 2 2", "6 frames, 2 joints, 50.0% of them visible"]
+    assert lines[1:5] == ["x 2 0", "y 1 2", "all 3 2", "8 frames, 2 joints, 56.2% of them visible"]
     assert lines[5:8] == ["clips without a visible joint: c", "M is gone", "broken"]
     assert lines[8:] == ["bad: frames [0, 1]", "1 left out, 2 problems"]
     source.problems, source.clips["test"] = [], []
@@ -379,9 +379,9 @@ def test_command_of_the_search(tmp_path, monkeypatch, capsys):
     """Catches: a flag or a seed that is ignored, a table or a picture of other figures, a traceback for Ctrl-C."""
     plots, drawn = pytest.importorskip("matplotlib.figure", reason="needs matplotlib, for pictures"), []
     monkeypatch.setattr(plots.Figure, "savefig", lambda figure, path, **_: drawn.append((figure.axes, path.touch())))
-    flags = "--kernel 4 --grid 3 5 4 --steps 2 --batch 3 --noise 0.5 --rate 0.1 --without-displacement --seeds 4 --out"
+    flags = "--kernel 4 --grid 3 5 4 --steps 2 --batch 3 --noise 0.5 --rate 1 --without-displacement --seeds 4 --out"
     search.main([*flags.split(), f"{tmp_path}/out"])
-    size = dict(grid=[3, 5, 4], kernel=4, steps=2, batch=3, noise=0.5, rate=0.1, scale=0)
+    size = dict(grid=[3, 5, 4], kernel=4, steps=2, batch=3, noise=0.5, rate=1, scale=0)
     experiments = [search.experiment(argparse.Namespace(**size), 4, frozen) for frozen in (False, True)]
     lines = capsys.readouterr().out.splitlines()[2:]
     for line, name, (figures, _) in zip(lines, ("learned", "frozen"), experiments, strict=True):
