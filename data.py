@@ -9,10 +9,10 @@
     name     str                     the clip
     bad      list of (str, str)      name and "FILE: reason" of the clips that this one replaces (training only)
 
-A source is a function that takes folders and returns a `Source`: its clips with their joints, and how to read a crop of
-frames by number. A clip is bad if its joints and its video differ by more than a tenth in length (not in pickles, whose
-joints are spread), or in the shape of the frames. To add a data set, write that function and enter it in `SOURCES` at
-the end of this file. This one reads ROOT/CLASS/NAME.mp4 with ROOT/CLASS/NAME.npy, joints (frames, 2, 2):
+`SOURCES` holds for each data set a function that takes folders and returns a `Source`: its clips with their joints, and
+how to read a crop of frames by number. A clip is bad if its joints and its video differ by more than a tenth in length
+(not in pickles, whose joints are spread), or in the shape of the frames (not in NTU, whose videos are often squeezed).
+To add one, write such a function. This one reads ROOT/CLASS/NAME.mp4 and ROOT/CLASS/NAME.npy, joints (frames, 2, 2):
 
     def two_hands(roots):
         source = Source(["clap", "wave"], ["left hand", "right hand"], [(0, 1)], read_video)
@@ -144,7 +144,7 @@ def read_clip(source: Source, clip: Clip, choose: Callable[[int], np.ndarray], s
         row = np.linspace(0, rows - 1, n).round().astype(int) if source.spread else np.arange(min(n, rows))
         frames = choose(len(row))
         video, count, shown = source.read(clip.media, frames, size, crop)
-        if count in (n, None):
+        if count is None or count == n:  # the guess was right
             break
         n = count
     if not source.spread and abs(n - rows) > LENGTHS_DIFFER * rows:
@@ -205,17 +205,17 @@ class Dataset(torch.utils.data.Dataset):
                 return self.load(self.clips[index], rng) | {"bad": bad}
             except BadClip as error:
                 bad.append((str(self.clips[index].name), str(error)))
-                if not self.train or len(bad) > 10:
+                if not self.train or len(bad) > 10:  # so many in a row: the folder is wrong, not a file
                     raise BadClip("; ".join(why for _, why in bad)) from None
                 index = (index + 1) % len(self)
 
     def load(self, clip: Clip, rng: np.random.Generator) -> dict:
         """The item of one clip, without `bad`; `rng` is used in training only."""
-        augment, T = rng if self.train else None, self.frames
+        T = self.frames
         clip = self.source.annotate(clip)
         # One frame of each of T equal segments of n frames (some twice if n < T): a random one, or the middle one.
         place = np.arange(T) + (rng.random(T) if self.train else 0.5)
-        size, crop = place_crop(clip.size, self.crop, augment)
+        size, crop = place_crop(clip.size, self.crop, rng if self.train else None)
         video, joints, visible = read_clip(self.source, clip, lambda n: (place * n / T).astype(int), size, crop)
         joints = rescale(joints, clip.size, size) - np.float32([crop[1].start, crop[0].start])
         if self.train and rng.random() < 0.5:  # as a mirror shows it: joints trade places with their partners
@@ -388,8 +388,8 @@ def read_jpegs(folder: Path, frames: np.ndarray, size: Size, crop: Crop) -> Fram
         with errors_as(BadClip, path), Image.open(path, formats=["JPEG"]) as image:
             # `draft` lets the decoder drop the detail that scaling would drop. The sides it returns are exact; those
             # of `image.size` are rounded up, and the last row and column then reach beyond the picture.
-            (_, (_, _, width, height)), (h, w) = image.draft("RGB", size[::-1]), size
-            box = left * width / w, top * height / h, right * width / w, bottom * height / h
+            _, (_, _, width, height) = image.draft("RGB", size[::-1])
+            box = left * width / size[1], top * height / size[0], right * width / size[1], bottom * height / size[0]
             video[t] = image.convert("RGB").resize(video.shape[2:0:-1], Image.Resampling.BILINEAR, box)
     return Frames(video)
 
@@ -777,15 +777,15 @@ def load(options: argparse.Namespace) -> Source:
         if not root.is_dir():
             raise UsageError(f"--root: there is no folder {root}")
     if options.data == "pyskl" and not (options.annotations and options.annotations.is_file()):
-        raise UsageError(f"--data pyskl needs --annotations PKL, and there is no file {options.annotations}")
+        raise UsageError(f"--data pyskl needs --annotations PKL, a file that exists, not {options.annotations}")
     roots = options.root or [Path(root) for root in roots]
-    return function(*[roots] if roots else [], **given)
+    return function(roots, **given) if roots else function(**given)
 
 
 def match(source: Source, classes: list[str], joint_names: list[str]) -> Source:
     """The source in the classes and joints of a checkpoint, which may know more; UsageError if it does not know one."""
-    joints = zip(source.joint_names, [*joint_names, *[None] * len(source.joint_names)])
-    unknown = [name for name in source.classes if name not in classes] + [a for a, b in joints if a != b]
+    unknown = [name for name in source.classes if name not in classes]
+    unknown += [name for i, name in enumerate(source.joint_names) if joint_names[i : i + 1] != [name]]
     if unknown:
         known = f"classes are {', '.join(classes)}; its joints, in this order, {', '.join(joint_names)}"
         raise UsageError(f"the checkpoint does not know {unknown[0]!r}: its {known}")

@@ -734,7 +734,7 @@ def test_flags_that_cannot_be_used(tmp_path):
         "--data ntu60-xsub --root {0}": "no NTU RGB.D in .'{0}'.: .*rose1",
         "--root {0}": "--root: the synthetic clips are drawn",
         "--data pyskl --root {0}": "--data pyskl needs --annotations",
-        "--data pyskl --root {0} --annotations {0}/no.pkl": "--data pyskl needs .* there is no file {0}/no.pkl",
+        "--data pyskl --root {0} --annotations {0}/no.pkl": "--data pyskl needs .* not {0}/no.pkl",
         "--data finegym --split-val test": "--split-val is not for --data finegym",
     }
     for words, said in refused.items():
@@ -1463,7 +1463,7 @@ def test_what_a_source_lacks(fit, monkeypatch):
     source = few_clips()
     monkeypatch.setitem(data.SOURCES, "synthetic", (lambda: source, []))
     source.missing = ["gone has no video"]
-    assert "warning: 1 clips are left out: gone has no video ...\n" in fit("--stop-after 1")[1]
+    assert "warning: 1 clips are left out, such as: gone has no video\n" in fit("--stop-after 1")[1]
     source.clips["test"].pop()
     assert "the checkpoint does not fit: clips is [43, 11], not [43, 10]" in fit("--resume")[1]
     source.clips["train"].clear()
@@ -1533,7 +1533,7 @@ def test_weights_of_a_checkpoint(fit, tmp_path, whole, monkeypatch):
     monkeypatch.setitem(data.SOURCES, "synthetic", (lambda: source, []))
     status, printed = fit(f"--frames 6 --height 32 --weights {whole}/last.pt --lr 1e-9 --stop-after 1")
     new = ["blocks.0.deformable.search.conv.weight", "head.weight", "head.bias"]  # h was shorter than k
-    assert status == 0 and f"does not have them: {', '.join(new)}\n" in printed
+    assert status == 0 and f"has none that fit: {', '.join(new)}\n" in printed
     before, after = checkpoint(whole)["model"], checkpoint(tmp_path / "run")["model"]
     for key in before.keys() - {"position_t", "position_s", "modal", *new}:
         assert "running" in key or "num_batches" in key or torch.allclose(before[key], after[key], atol=1e-6), key
@@ -1735,7 +1735,7 @@ def test_code_of_the_readme(tmp_path, monkeypatch, capsys):
         exec(block.replace("224", "32"), names)  # the paper's size takes long
         for name, shape in re.findall(r"^\s*(\w+) = .*# \(([\d, ]+)\)", block, re.MULTILINE):
             assert tuple(names[name].shape) == tuple(map(int, shape.split(","))), name
-    assert "does not have them: head.weight, head.bias" in printed and re.search(r"\d%  (walk|jump)\n", printed)
+    assert "has none that fit: head.weight, head.bias" in printed and re.search(r"\d%  (walk|jump)\n", printed)
     assert len([*(tmp_path / "predicted").iterdir()]) == 1 and names["confusion"].sum() == 1
 
 

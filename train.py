@@ -37,7 +37,8 @@ from d3t import D3T, Settings, check_fields, setting
 from data import DataError, UsageError, errors_as
 
 # Of this process, from torchrun: its number, its number on this machine, and how many there are.
-RANK, LOCAL_RANK, RANKS = (int(os.environ.get(*each)) for each in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+RANK, LOCAL_RANK = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))
+RANKS = int(os.environ.get("WORLD_SIZE", 1))
 # Ctrl-C, and what batch systems send before they end a job; Windows has the first two.
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
 FILES = ("last.pt", "best.pt", "log.jsonl")  # of a run, in its folder
@@ -77,8 +78,7 @@ PRESETS = {
     "small": DEFAULTS
     | dict(frames=8, height=96, width=96, channels=16, blocks=2, heads=2, batch=16, lr=1.5e-3, epochs=24, warmup=2.0),
     "tiny": DEFAULTS
-    | dict(frames=6, height=40, width=40, channels=16, blocks=2, heads=4, kernel=3)
-    | dict(batch=16, lr=1e-3, epochs=2, warmup=0.5),
+    | dict(frames=6, height=40, width=40, channels=16, blocks=2, kernel=3, batch=16, lr=1e-3, epochs=2, warmup=0.5),
 }
 
 
@@ -92,7 +92,7 @@ def gather(items: list) -> list:
 
 
 def from_first(function):
-    """On every rank what `function()` returns or raises on rank 0: a data set is indexed once."""
+    """Call the function on rank 0 alone; every rank returns its result or raises its error."""
     try:
         box = [function() if RANK == 0 else None]
     except (DataError, UsageError, OSError) as error:
@@ -104,18 +104,17 @@ def from_first(function):
     return box[0]
 
 
-def training_batches(clips: int, recipe: Recipe, epoch: int, seen: int) -> list[list[tuple[int, int]]]:
-    """The micro-batches of this rank for the rest of an epoch, after `seen` clips; an item is (epoch, clip).
+def training_batches(count: int, recipe: Recipe, epoch: int, seen: int) -> list[list[tuple[int, int]]]:
+    """The parts of this rank's batches, after `seen` of the `count` clips of an epoch; an item is (epoch, clip).
 
-    The order is a function of (seed, epoch). Each step takes the next `batch` clips, and the ranks share them. Clips
-    that do not fill a last step are dropped this epoch.
+    The order depends on seed and epoch alone. The ranks share each batch. Clips that do not fill the last are dropped.
     """
-    order = np.random.default_rng((recipe.seed, epoch)).permutation(clips)
-    share = recipe.batch // RANKS // recipe.accumulate
+    order = np.random.default_rng((recipe.seed, epoch)).permutation(count)
+    size = recipe.batch // RANKS // recipe.accumulate
     batches = []
-    for start in range(seen, clips - recipe.batch + 1, recipe.batch):
+    for start in range(seen, count - recipe.batch + 1, recipe.batch):
         mine = [(epoch, int(clip)) for clip in order[start : start + recipe.batch][RANK::RANKS]]
-        batches += [mine[i : i + share] for i in range(0, len(mine), share)]
+        batches += [mine[i : i + size] for i in range(0, len(mine), size)]
     return batches
 
 
@@ -136,15 +135,15 @@ def leave_group(worker: int):
 # ---- Training and evaluation ---------------------------------------------------------------------------------------
 @dataclass
 class Progress:
-    """Where a run stands. With model, optimizer and scaler it is all that resuming needs."""
+    """Where a run stands: what changes in it, beside the states of model, optimizer and scaler."""
 
     epoch: int = 0
     seen: int = 0  # clips of this epoch that have been trained on
     step: int = 0  # optimizer steps in all
-    loss: float = 0.0  # sum over these clips
+    loss: float = 0.0  # sum over the clips in `seen`
     bad_clips: dict[str, str] = field(default_factory=dict)  # clips of this epoch that cannot be read, and why
     seconds: float = 0.0  # spent on training this epoch
-    best: float = -1.0  # top-1
+    best: float = -1.0  # highest top-1 of a test so far
 
 
 def learning_rate(recipe: Recipe, epochs: float) -> float:
@@ -154,14 +153,14 @@ def learning_rate(recipe: Recipe, epochs: float) -> float:
     return recipe.lr * 0.5 * (1 + math.cos(math.pi * (epochs - recipe.warmup) / (recipe.epochs - recipe.warmup)))
 
 
-def backward(run: "Run", batches: list[dict]) -> torch.Tensor:
-    """Gradient of the mean loss over the global batch: the mean over micro-batches here, over ranks by DDP."""
+def backward(run: "Run", parts: list[dict]) -> torch.Tensor:
+    """Gradient of the mean loss of a step: the mean over parts here, over ranks by DDP; returns this rank's loss."""
     total = 0.0
-    for i, batch in enumerate(batches):
-        more = i + 1 < len(batches) and RANKS > 1
+    for i, batch in enumerate(parts):
+        more = i + 1 < len(parts) and RANKS > 1
         with run.net.no_sync() if more else nullcontext():  # DDP averages gradients in the last backward alone
             label = batch["label"].to(run.options.device, non_blocking=True)
-            loss = F.cross_entropy(run.logits(run.net, batch), label) / len(batches)
+            loss = F.cross_entropy(run.logits(run.net, batch), label) / len(parts)
             run.scaler.scale(loss).backward()
         total = total + loss.detach()
     return total
@@ -171,15 +170,14 @@ def train_one_epoch(run: "Run", dataset: data.Dataset):
     """Train on what is left of the epoch and save it; SystemExit if the run was asked to stop."""
     options, recipe, progress = run.options, run.recipe, run.progress
     run.net.train()
+    if progress.step >= options.stop_after:
+        run.stop(f"after step {progress.step}")
     batches = training_batches(len(dataset), recipe, progress.epoch, progress.seen)
     loader = iter(load_batches(dataset, batches, options.workers, options.device))
-    steps = zip(*[loader] * recipe.accumulate)  # the micro-batches of each step
+    steps = zip(*[loader] * recipe.accumulate)  # takes the parts of a step from the same iterator
     bar = tqdm(steps, f"epoch {progress.epoch + 1}", len(batches) // recipe.accumulate, **BAR)
     begin = time.time() - progress.seconds
-    stop = progress.step >= options.stop_after
     for parts in bar:
-        if stop:
-            break
         rate = learning_rate(recipe, progress.epoch + (progress.seen + recipe.batch) / len(dataset))
         for group in run.optimizer.param_groups:
             group["lr"] = rate
@@ -196,15 +194,14 @@ def train_one_epoch(run: "Run", dataset: data.Dataset):
         if stop or last or progress.step % options.save_every == 0:
             progress.seconds = time.time() - begin
             save_checkpoint(run, "last.pt")
-    if stop:
-        run.stop(f"after step {progress.step}")
+        if stop:
+            run.stop(f"after step {progress.step}")
 
 
-def count_step(run: "Run", loss: float, norm: float, batches: list[dict], clips: int) -> bool:
+def count_step(run: "Run", loss: float, norm: float, parts: list[dict], count: int) -> bool:
     """Count a step in the same way on all ranks; whether they stop. RunError if it diverged or clips are bad."""
-    progress, bad = run.progress, [clip for batch in batches for clip in batch["bad"]]
-    # A signal that comes during the exchange counts at the next step.
-    losses, signals, bad = zip(*gather([(loss, run.signal, bad)]))
+    progress, bad = run.progress, [clip for part in parts for clip in part["bad"]]
+    losses, signals, bad_of_ranks = zip(*gather([(loss, run.signal, bad)]))  # a later signal counts at the next step
     progress.step += 1
     overflows = run.scaler.is_enabled()  # with fp16, gradients may overflow: the scaler skips such a step
     if not math.isfinite(sum(losses)) or not (math.isfinite(norm) or overflows):
@@ -214,13 +211,13 @@ def count_step(run: "Run", loss: float, norm: float, batches: list[dict], clips:
         )
     progress.seen += run.recipe.batch
     progress.loss += run.recipe.batch * sum(losses) / RANKS
-    for name, why in sum(bad, []):
+    for name, why in sum(bad_of_ranks, []):
         if name not in progress.bad_clips and RANK == 0:
             print(f"\nwarning: a clip was replaced by another one: {why[:500]}", file=sys.stderr, flush=True)
         progress.bad_clips.setdefault(name, why)
-    if len(progress.bad_clips) > max(1, clips / 100):
+    if len(progress.bad_clips) > max(1, count / 100):
         reasons = "\n".join(progress.bad_clips.values())
-        raise RunError(f"{len(progress.bad_clips)} of {clips} clips, more than 1 %, cannot be read:\n{reasons}")
+        raise RunError(f"{len(progress.bad_clips)} of {count} clips, more than 1 %, cannot be read:\n{reasons}")
     run.signal = max(run.signal, *signals)
     return max(signals) > 0 or progress.step >= run.options.stop_after
 
@@ -237,10 +234,13 @@ def evaluate(run: "Run", dataset: data.Dataset) -> tuple[dict, dict]:
     scores = []  # of each clip: name, label, logits
     loader = load_batches(dataset, batches, run.options.workers, run.options.device)
     for batch in tqdm(loader, "testing", **BAR):
-        if run.signal:  # nothing is lost: the epoch was saved before its test
-            run.stop("in a test")
+        if run.signal:
+            break
         scores += zip(batch["name"], batch["label"].tolist(), run.logits(run.model, batch).cpu().numpy())
-    scores = [score for _, score in sorted(gather([*zip(mine, scores)]))]  # in the order of the clips
+    run.signal = max(gather([run.signal]))
+    if run.signal:  # all ranks take the same branch; nothing is lost, because the epoch was saved before its test
+        run.stop("in a test")
+    scores = [score for _, score in sorted(gather([*zip(mine, scores)]))]  # by their numbers, of which none is twice
     names, labels, logits = map(np.array, zip(*scores))
     right = logits.argmax(1) == labels
     by_class = [right[labels == label].mean() for label in np.unique(labels)]
@@ -296,7 +296,7 @@ def load_weights(model: D3T, path: Path, classes: list[str]):
         model.load_state_dict({key: weights[key] for key in fitting}, strict=False)
     if RANK == 0:
         rest = ", ".join(key for key in new if key not in fitting) or "none"
-        print(f"weights that keep their initial values, as {path} does not have them: {rest}")
+        print(f"weights that keep their initial values, because {path} has none that fit: {rest}")
 
 
 def must_go_on(options: argparse.Namespace) -> bool:
@@ -307,7 +307,7 @@ def must_go_on(options: argparse.Namespace) -> bool:
     if "last.pt" in held and (options.resume or restarted):
         return True
     if held and not options.overwrite:
-        raise UsageError(f"{options.out} holds a run: --resume goes on, --overwrite starts anew; or use another --out")
+        raise UsageError(f"{options.out} holds a run: use --resume (it needs last.pt), --overwrite or another --out")
     with errors_as(UsageError, f"--out {options.out}"):
         options.out.mkdir(parents=True, exist_ok=True)
     return False
@@ -344,7 +344,7 @@ def parse_args(words: list[str] | None) -> tuple[argparse.Namespace, dict]:
     data.add_flags(group)
     group.add_argument("--workers", type=int, metavar="N", help="loading processes of each rank [2; synthetic 1]")
 
-    add = parser.add_argument_group("run").add_argument
+    add = (group := parser.add_argument_group("run")).add_argument
     add("--preset", choices=PRESETS, help="the defaults of training and model [paper; for synthetic clips tiny]")
     add("--out", type=Path, metavar="DIR", help="folder of the run [runs/DATA]")
     add("--weights", type=Path, metavar="PATH", help="start from a checkpoint, or its trunk from r2plus1d_18")
@@ -355,7 +355,7 @@ def parse_args(words: list[str] | None) -> tuple[argparse.Namespace, dict]:
     add("--amp", choices=("off", "bf16", "fp16"), help="mixed precision [CUDA bf16, fp16 where it has none; CPU off]")
     add("--compile", action="store_true", help="torch.compile the training step")
     add("--checkpointing", action="store_true", help="compute the blocks again in the backward pass, to save memory")
-    add = parser.add_mutually_exclusive_group().add_argument
+    add = group.add_mutually_exclusive_group().add_argument
     add("--resume", action="store_true", help="go on with the run in that folder, or start it if there is none")
     add("--overwrite", action="store_true", help="start anew in a folder that holds a run")
     add("--eval", type=Path, metavar="CKPT", help="only test this checkpoint")
@@ -402,8 +402,8 @@ def configure(options: argparse.Namespace, given: dict, source: data.Source, sav
         settings, recipe = (kind(**{f.name: values[f.name] for f in fields(kind)}) for kind in (Settings, Recipe))
     parts = RANKS * recipe.accumulate
     if not options.eval and (recipe.batch % parts or recipe.batch > clips[0]):
-        parts = f"{parts} (ranks x --accumulate), at most {clips[0]} (training clips)"
-        raise UsageError(f"--batch {recipe.batch}: expected a multiple of {parts}")
+        limits = f"a multiple of {parts} (ranks x --accumulate), at most {clips[0]} (training clips)"
+        raise UsageError(f"--batch {recipe.batch}: expected {limits}")
     return settings, recipe
 
 
@@ -415,7 +415,7 @@ def load_source(options: argparse.Namespace, saved: dict | None) -> data.Source:
         raise DataError(f"{len(source.problems)} clips cannot be used, `python -m tools.check` names them all:\n{some}")
     if source.missing and RANK == 0:
         some = "; ".join(source.missing[:3])
-        print(f"warning: {len(source.missing)} clips are left out: {some} ...", file=sys.stderr)
+        print(f"warning: {len(source.missing)} clips are left out, such as: {some}", file=sys.stderr)
     train, test = len(source.clips["train"]), len(source.clips["test"])
     if not test or not (train or options.eval):
         raise DataError(f"{options.data} has {train} training and {test} test clips; at least one of each is needed")
@@ -526,11 +526,11 @@ def main(words: list[str] | None = None) -> int:
     data.escape_output()
     try:
         run = Run(*parse_args(words))
-        options = run.options
-        verb = "tests" if options.eval else f"goes on at step {run.progress.step}" if options.resume else "starts"
+        options, step = run.options, run.progress.step
+        verb = "tests" if options.eval else f"goes on at step {step}" if options.resume else "starts"
         if RANK == 0:
             values = vars(options) | asdict(run.recipe) | asdict(run.settings)
-            listed = " ".join(f"{name}={value}" for name, value in values.items())
+            listed = " ".join(f"{name}={value}" for name, value in values.items() if name != "preset")
             print(f"D3T {verb}, torch {torch.__version__}, ranks={RANKS} {listed}", flush=True)
         if not options.eval:
             fit(run)
@@ -544,7 +544,7 @@ def main(words: list[str] | None = None) -> int:
     except (UsageError, RunError, DataError, OSError) as error:
         sys.stderr.write(f"train.py: {error}\n")  # one call: the lines of several ranks do not mix
         return 2 if isinstance(error, UsageError) else 1
-    except KeyboardInterrupt:  # before or after training, which has handlers of its own
+    except KeyboardInterrupt:  # before or after training, or the second one in it
         return 128 + signal.SIGINT
     except SystemExit as stop:  # -h, or a run that was asked to stop
         return stop.code

@@ -339,7 +339,7 @@ def loader(s: Settings, options: argparse.Namespace):
         batches = [order[i : i + 16] for i in range(0, options.clips, 16)]
         for name, read in (("bare", bare_decoding), ("loader", data.read_jpegs)):
             dataset = data.Dataset(replace(source, read=read), "train", s.frames, s.height, s.width)
-            loaded = train.load_batches(dataset, batches, options.workers, torch.device("cpu"))
+            loaded = train.load_batches(dataset, batches, options.workers, "cpu")
             loads[name] = partial(deque, loaded, maxlen=0)  # takes them all and keeps none
         times = take_turns(options, {"": loads})
     bare, ours = (options.clips / times["", name] for name in loads)
