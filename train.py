@@ -190,8 +190,7 @@ def train_one_epoch(run: "Run", dataset: data.Dataset):
 
         stop = count_step(run, loss.item(), norm.item(), parts, len(dataset))
         bar.set_postfix(loss=f"{progress.loss / progress.seen:.3f}", refresh=False)
-        last = progress.seen + recipe.batch > len(dataset)
-        if stop or last or progress.step % options.save_every == 0:
+        if stop or progress.step % options.save_every == 0 or progress.seen + recipe.batch > len(dataset):
             progress.seconds = time.time() - begin
             save_checkpoint(run, "last.pt")
         if stop:
@@ -237,8 +236,9 @@ def evaluate(run: "Run", dataset: data.Dataset) -> tuple[dict, dict]:
         if run.signal:
             break
         scores += zip(batch["name"], batch["label"].tolist(), run.logits(run.model, batch).cpu().numpy())
-    run.signal = max(gather([run.signal]))
-    if run.signal:  # all ranks take the same branch; nothing is lost, because the epoch was saved before its test
+    asked = max(gather([run.signal]))  # a later signal counts at the next step
+    if asked:  # on all ranks; nothing is lost, because the epoch was saved before its test
+        run.signal = asked
         run.stop("in a test")
     scores = [score for _, score in sorted(gather([*zip(mine, scores)]))]  # by their numbers, of which none is twice
     names, labels, logits = map(np.array, zip(*scores))
