@@ -40,7 +40,6 @@ from d3t import D3T, Settings
 
 HERE = Path(__file__).parent
 README = (HERE / "README.md").read_text()
-DOUBLE = torch.float64
 torch.set_num_threads(1)  # more gain nothing here, and then sums are the same in all processes
 
 
@@ -194,7 +193,7 @@ def randomize(module, scale=0.3):
 
 
 def randn(*shape):
-    return torch.randn(*shape, dtype=DOUBLE, generator=torch.Generator().manual_seed(2))
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
 
 
 def close(a, b, tolerance=1e-10):
@@ -370,7 +369,7 @@ def test_joints_lie_on_the_cells_that_see_them():
     trunk = d3t.Trunk(4).double().eval()
     for p in trunk.parameters():  # with equal weights, the gradient of a cell of F_a is its receptive field
         torch.nn.init.constant_(p, 0.01 if p.ndim > 1 else 1.0)
-    video = torch.ones(1, 3, 1, 52, 60, dtype=DOUBLE, requires_grad=True)
+    video = torch.ones(1, 3, 1, 52, 60, dtype=torch.float64, requires_grad=True)
     trunk.layer1(trunk.stem(video))[0, :, 0, 10, 13].sum().backward()
     field = video.grad.sum((0, 1, 2)) / video.grad.sum()
     pixel = torch.stack([field.sum(0) @ torch.arange(60.0).double(), field.sum(1) @ torch.arange(52.0).double()])
@@ -412,7 +411,7 @@ def test_disabled_attention_is_skipped(which):
         if not (which[0] and which[1]):
             assert block_of_row.fuse is None
             block.fuse.bias.data.zero_()
-            block.fuse.weight.data = torch.eye(16, dtype=DOUBLE)[8:]  # the second M'_CLS, as it is
+            block.fuse.weight.data = torch.eye(16, dtype=torch.float64)[8:]  # the second M'_CLS, as it is
     assert not row.load_state_dict(full.state_dict(), strict=False).missing_keys
     clip = normalised(*clip_for(full.settings))
     close(row(*clip), full(*clip))
@@ -1160,6 +1159,7 @@ def test_pyskl(tmp_path, file, k, least):
         (dict(annotations=[entry("two"), entry("two.avi")]), "two of its entries have one name"),
         (dict(annotations=[entry("/data/two")]), "'/data/two': expected a name below"),
         (dict(joint_names=["hip", "knee"], flip_pairs=[(1, 2)]), "flip_pairs"),
+        (dict(label=-1), "label -1"),
         (dict(label_names=["run"]), "two: label 3, expected a whole number below 1"),
         (dict(keypoint=np.full((1, 8, 25, 2), 9.0), keypoint_score=None), "25 joints, expected 17"),
         (dict(keypoint=np.ones((1, 0, 17, 2))), "keypoint is .1, 0, 17, 2., expected .persons, "),
