@@ -1506,7 +1506,7 @@ USAGE = {
     "--scores x.npz": "--eval", "--weights {0}/evil.pt": "--weights .*evil.pt does not fit: Weights only load failed",
     "--channels 8 --weights {0}/run/last.pt": "--weights .*last.pt does not fit: ", "--batch 7 --accumulate 2": "of 2 ",
     "--out {0}/run --overwrite --batch 64": "most 43", "--warmup 2": "warmup = 2", "--warmup nan": "warmup must be",
-    "--hide me": "joints", "--workers -1": "--workers", "--save-every 0": "--save-every", "--device cuda": "--device cuda: ",
+    "--hide me": "joints", "--workers -1": "--workers", "--save-every 0": "--save-every", "--device cuda": "cuda: ",
 }  # fmt: skip
 
 
