@@ -243,10 +243,9 @@ def collate(samples: list[dict]) -> dict:
 
 
 # ---- Synthetic: two figures act, the joints say which of them is meant ---------------------------------------------
-PENN_JOINTS = [  # "left" is the left side of the picture: the right arm of a person who faces the camera
-    "head", "left shoulder", "right shoulder", "left elbow", "right elbow", "left wrist", "right wrist",
-    "left hip", "right hip", "left knee", "right knee", "left ankle", "right ankle",
-]  # fmt: skip
+SIDES = ("left", "right")  # of the picture in Penn Action: left is the right arm of a person who faces the camera
+LIMBS = ("shoulder", "elbow", "wrist", "hip", "knee", "ankle")
+PENN_JOINTS = ["head", *(f"{side} {limb}" for limb in LIMBS for side in SIDES)]
 PENN_PAIRS = [(1, 2), (3, 4), (5, 6), (7, 8), (9, 10), (11, 12)]
 PENN_EDGES = [
     (0, 1), (0, 2), (1, 2), (1, 3), (3, 5), (2, 4), (4, 6), (1, 7), (2, 8), (7, 8), (7, 9), (9, 11), (8, 10), (10, 12),
@@ -410,10 +409,12 @@ def clip_key(name: str) -> str:
 
 
 def find_files(roots: list[Path], endings: tuple[str, ...]) -> dict[str, list[Path]]:
-    """Files below the roots by `clip_key`, that of their name and that of their path."""
+    """Files below the roots by `clip_key`, that of their name and that of their path; not by links back."""
     found = defaultdict(list)
     for root in roots:
-        for folder, _, files in sorted(os.walk(root, followlinks=True)):
+        for folder, folders, files in os.walk(root, followlinks=True):
+            here = Path(folder).resolve()
+            folders[:] = sorted(each for each in folders if (here / each).resolve() not in (here, *here.parents))
             for path in (Path(folder, file) for file in sorted(files) if file.lower().endswith(endings)):
                 for key in {clip_key(path.stem), clip_key(str(path.relative_to(root).with_suffix("")))}:
                     found[key].append(path)
@@ -549,7 +550,8 @@ def parse_skeleton(text: bytes) -> tuple[int, dict[int, dict[int, np.ndarray]]]:
         frames = int(next(lines))
         for frame in range(frames):
             for _ in range(int(next(lines))):
-                identity, _ = int(next(lines).split()[0]), next(lines)  # the number of joints is always 25
+                identity = int(next(lines).split()[0])
+                next(lines)  # the number of joints, which is always 25
                 fields = np.array([[float(word) for word in next(lines).split()] for _ in range(25)]).reshape(25, 12)
                 place = fields[:, :3]  # metres
                 place[~np.isfinite(place)] = 0
@@ -596,11 +598,7 @@ def join_renamed(bodies: dict[int, dict[int, np.ndarray]]) -> list[dict[int, np.
 
 
 # ---- Pickles in the form of pyskl, FineGYM's among them (Duan et al., CVPR 2022; Shao et al., CVPR 2020) -----------
-COCO_JOINTS = [
-    "nose", "left eye", "right eye", "left ear", "right ear", "left shoulder", "right shoulder", "left elbow",
-    "right elbow", "left wrist", "right wrist", "left hip", "right hip", "left knee", "right knee", "left ankle",
-    "right ankle",
-]  # fmt: skip
+COCO_JOINTS = ["nose", *(f"{side} {part}" for part in ("eye", "ear", *LIMBS) for side in SIDES)]
 COCO_PAIRS = [(i, i + 1) for i in range(1, 17, 2)]
 
 
@@ -655,6 +653,8 @@ class Unpickler(pickle.Unpickler):
 def read_pickle(path: Path, splits: tuple[str, str]) -> tuple[Source, dict, set[str], set[str]]:
     """A source without its clips, their {clip key: (name, entry)}, and the keys for training and for testing."""
     with errors_as(DataError, f"{path}: expected a pickle {{split, annotations}}"), path.open("rb") as file:
+        if kind := {b"\x1f": "gzipped", b"{": "JSON", b"[": "JSON"}.get(file.peek(1)[:1]):
+            raise ValueError(f"it is {kind}")
         content = Unpickler(file).load()
         listed, annotations = content["split"], content["annotations"]
         if not {*splits} <= listed.keys():
@@ -700,6 +700,8 @@ def pyskl(roots: list[Path], annotations: Path, split_train="train", split_val="
         persons = max(persons, clip.joints.shape[1] // k)
         source.clips["train" if key in train else "test"].append(clip)
     source.missing += [f"{key} has no annotation in {annotations}" for key in sorted((train | test) - entries.keys())]
+    if not any(source.clips.values()):
+        raise DataError(f"{annotations}: no clip can be used: {[*source.problems, *source.missing, 'none named'][0]}")
     source.classes = source.classes or [str(label) for label in range(labels)]
     source.joint_names += [f"{name} {p + 1}" for p in range(1, persons) for name in source.joint_names]
     source.flip_pairs += [(a + k * p, b + k * p) for p in range(1, persons) for a, b in source.flip_pairs]
@@ -755,7 +757,6 @@ SOURCES = {  # the function of each, and where to look
 
 
 def add_flags(parser) -> None:
-    """Add the flags that name a data set."""
     parser.add_argument("--data", choices=SOURCES, default="synthetic", help="data set [synthetic]")
     parser.add_argument("--root", nargs="+", type=Path, metavar="DIR", help="its folders [datasets/ARCHIVE]")
     parser.add_argument("--annotations", type=Path, metavar="PKL", help="pyskl: the pickle")
@@ -767,8 +768,7 @@ def add_flags(parser) -> None:
 def load(options: argparse.Namespace) -> Source:
     """The data set that the flags name, indexed; DataError if it is not there, UsageError for the flags."""
     function, roots = SOURCES[options.data]
-    flags = ("annotations", "split_train", "split_val", "min_score")
-    given = {name: value for name in flags if (value := getattr(options, name))}
+    given = {k: v for k in ("annotations", "split_train", "split_val", "min_score") if (v := getattr(options, k))}
     for name in given.keys() - inspect.signature(function).parameters.keys():
         raise UsageError(f"--{name.replace('_', '-')} is not for --data {options.data}")
     if options.root and not roots:
