@@ -198,7 +198,7 @@ def train_one_epoch(run: "Run", dataset: data.Dataset):
 
 
 def count_step(run: "Run", loss: float, norm: float, parts: list[dict], count: int) -> bool:
-    """Count a step in the same way on all ranks; whether they stop. RunError if it diverged or clips are bad."""
+    """Count a step, alike on all ranks; returns whether they stop. RunError if it diverged, or many clips are bad."""
     progress, bad = run.progress, [clip for part in parts for clip in part["bad"]]
     losses, signals, bad_of_ranks = zip(*gather([(loss, run.signal, bad)]))  # a later signal counts at the next step
     progress.step += 1
@@ -240,7 +240,7 @@ def evaluate(run: "Run", dataset: data.Dataset) -> tuple[dict, dict]:
     if asked:  # on all ranks; nothing is lost, because the epoch was saved before its test
         run.signal = asked
         run.stop("in a test")
-    scores = [score for _, score in sorted(gather([*zip(mine, scores)]))]  # by their numbers, of which none is twice
+    scores = [score for _, score in sorted(gather([*zip(mine, scores)]))]  # in the order of the clips
     names, labels, logits = map(np.array, zip(*scores))
     right = logits.argmax(1) == labels
     by_class = [right[labels == label].mean() for label in np.unique(labels)]
@@ -294,8 +294,8 @@ def load_weights(model: D3T, path: Path, classes: list[str]):
         fitting = {key for key in new.keys() & weights.keys() if new[key].shape == weights[key].shape}
         fitting -= {"head.weight", "head.bias"} if saved["classes"] != classes else set()
         model.load_state_dict({key: weights[key] for key in fitting}, strict=False)
-    if RANK == 0:
-        rest = ", ".join(key for key in new if key not in fitting) or "none"
+    if RANK == 0 and new.keys() - fitting:
+        rest = ", ".join(key for key in new if key not in fitting)
         print(f"weights that keep their initial values, because {path} has none that fit: {rest}")
 
 
@@ -338,7 +338,7 @@ def parse_args(words: list[str] | None) -> tuple[argparse.Namespace, dict]:
         description="Train D3T, the 3D deformable transformer for action recognition.",
         epilog="In brackets: the default, or that of preset paper; then those of the presets that differ.",
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34, width=118),
-        usage=argparse.SUPPRESS,  # it lists all flags, also where one is wrong
+        usage=argparse.SUPPRESS,  # it would list all flags before each error
     )
     group = parser.add_argument_group("data")
     data.add_flags(group)
