@@ -442,14 +442,14 @@ class D3T(nn.Module):
         F_a, F_b = self.trunk(video)  # (B, C, T, H/2, W/2), (B, D, T, h, w)
         Z = self.rgb_tokens(F_b)  # (B, T, h*w, D)
         P = self.pose_tokens(F_a, joints, visible)  # (B, T, R, D)
-        M = self.cross_modal_tokens(len(Z))  # three of (B, T, 1, D)
+        M = self.cross_modal_tokens(Z.shape[0])  # three of (B, T, 1, D)
         for block in self.blocks:  # each with weights of its own (ours 13)
             Z, P, *M = block(Z, P, *M)
         return self.classify(Z, P, *M)
 
     def check(self, video, joints, visible):
         """AssertionError for shapes that slices and broadcasting would let pass."""
-        s, B = self.settings, len(video)
+        s, B = self.settings, video.shape[0]
         T, R = s.frames, s.joints
         expected = [(B, 3, T, s.height, s.width), (B, T, R, 2), (B, T, R)]
         found = [tuple(each.shape) for each in (video, joints, visible)]
