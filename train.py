@@ -4,10 +4,9 @@
     torchrun --nproc_per_node=4 train.py --data pennaction  # the paper's training
     python train.py --data pennaction --eval runs/pennaction/best.pt
 
-A run writes `last.pt`, `best.pt` and `log.jsonl` (a line an epoch) to its folder. After Ctrl-C,
+A run writes `last.pt`, `best.pt` and `log.jsonl` to its folder. After Ctrl-C,
 SIGTERM or a crash the same command with `--resume` goes on, also in the middle of an epoch. What is
-random follows from seed, epoch and clip, so a checkpoint needs no random state, and on a CPU a
-resumed run ends with the weights of one that never stopped.
+random follows from seed, epoch and clip: on a CPU a resumed run ends with the same weights.
 """
 
 import argparse
@@ -57,9 +56,6 @@ class Recipe:
     weight_decay: float = setting(0.05, "of matrices, but for embeddings")
     clip: float = setting(1.0, "largest norm of the gradient")
     seed: int = setting(0, "of weights, order and augmentation")
-
-    def __post_init__(self):
-        assert self.warmup < self.epochs, f"warmup = {self.warmup}, epochs = {self.epochs}"
 
 
 FIELDS = fields(Recipe) + fields(Ablation)[2:]  # the data set knows classes and joints
@@ -124,12 +120,13 @@ def make_optimizer(model, recipe):
 def load_batches(dataset, batches, options):
     how = {"num_workers": options.workers, "pin_memory": options.device == "cuda"}
     how |= {"collate_fn": data.collate, "worker_init_fn": leave_group}
+    if options.device == "cuda" and options.workers:  # a fork beside NCCL may hang
+        how["multiprocessing_context"] = "forkserver"
     return DataLoader(dataset, batch_sampler=batches, **how)
 
 
 def leave_group(worker):
-    """A signal to all processes, as from a terminal, is for the rank alone."""
-    if hasattr(os, "setpgrp"):  # not on Windows
+    if hasattr(os, "setpgrp"):  # Ctrl-C is for the rank alone; Windows has no groups
         os.setpgrp()
 
 
@@ -195,7 +192,7 @@ def gather(items):
 
 
 def report_bad(clips, run, count):
-    """Name the bad clips of all ranks, once an epoch each; DataError if they are over 1 %."""
+    """Name bad clips once an epoch; DataError if they are over 1 %."""
     bad = run.progress.bad_clips
     for name, why in gather(clips):
         if name not in bad:
@@ -208,7 +205,7 @@ def report_bad(clips, run, count):
 
 @torch.no_grad()
 def evaluate(run, dataset):
-    """Accuracy over all clips, each once; their names, labels and logits in order."""
+    """Accuracy over all clips, each once; names, labels and logits in their order."""
     if RANKS > 1:
         for buffer in run.model.buffers():  # all ranks use the running statistics of rank 0
             dist.broadcast(buffer, 0)
@@ -261,9 +258,8 @@ def save_checkpoint(run, name):
     buffer = io.BytesIO()
     torch.save(state, buffer)  # torch.save to a file aborts the process when the disk is full
     path = run.options.out / name
-    temporary = path.with_suffix(".tmp")
-    temporary.write_bytes(buffer.getbuffer())
-    os.replace(temporary, path)
+    path.with_suffix(".tmp").write_bytes(buffer.getbuffer())
+    os.replace(path.with_suffix(".tmp"), path)
 
 
 def load_file(path):
@@ -276,7 +272,7 @@ def load_file(path):
 
 
 def load_checkpoint(path):
-    """A checkpoint, with objects in place of dicts; UsageError if it is none."""
+    """A checkpoint, with objects in place of dicts."""
     saved = load_file(path)
     try:
         for part, kind in (("recipe", Recipe), ("settings", Ablation), ("progress", Progress)):
@@ -287,7 +283,7 @@ def load_checkpoint(path):
 
 
 def load_weights(model, path):
-    """Start from a checkpoint, or the trunk from r2plus1d_18; names what keeps its first values."""
+    """Start from a checkpoint, or the trunk from r2plus1d_18; names what is left out."""
     saved, own = load_file(path), model.state_dict()
     weights = saved.get("model") or {f"trunk.{name}": value for name, value in saved.items()}
     fitting = {}
@@ -299,12 +295,12 @@ def load_weights(model, path):
         raise UsageError(f"--weights {path} does not fit: it has no {rest[0]} of this shape")
     model.load_state_dict(fitting, strict=False)
     if "model" in saved and rest:
-        say("weights that keep their initial values, because none fit:", *rest)
+        say("weights that keep their first values, because none fit:", *rest)
 
 
 # ---- The loop ----
 def train(run):
-    """Train to the last epoch, or until a signal asks to stop. Returns the exit status."""
+    """Train to the last epoch, or until asked to stop; returns the exit status."""
     options, recipe, progress = run.options, run.recipe, run.progress
     model, optimizer, scaler = run.model, run.optimizer, run.scaler
     net = DistributedDataParallel(model) if RANKS > 1 else model
@@ -355,7 +351,7 @@ def train(run):
         for name in ("best.pt", "last.pt") if result["top1"] > best else ("last.pt",):
             save_checkpoint(run, name)
     best = max(line["top1"] for line in progress.log)
-    say(f"best top-1 {best:.2%}; checkpoints and log in {options.out}")
+    say(f"best top-1 {best:.2%}; all in {options.out}")
     return 0
 
 
@@ -365,7 +361,7 @@ def number(kind, zero=False):
         value = kind(text)
         if 0 < value < 2**63 or (zero and value == 0):
             return value
-        raise argparse.ArgumentTypeError(f"expected a positive number, not {text}")
+        raise argparse.ArgumentTypeError(f"{text} is not positive")
 
     parse.__name__ = kind.__name__
     return parse
@@ -378,17 +374,19 @@ def parse_args(words):
     data.add_flags(parser.add_argument_group("data"))
     add = parser.add_argument_group("run").add_argument
     add("--preset", choices=PRESETS, help="[paper; synthetic tiny]")
-    add("--out", type=Path, metavar="DIR", help="folder of the run [runs/DATA]")
-    add("--resume", action="store_true", help="go on with the run in --out, or start it")
-    add("--eval", type=Path, metavar="CKPT", help="only test this checkpoint")
-    add("--scores", type=Path, metavar="NPZ", help="of a test: write labels and logits")
-    add("--weights", type=Path, metavar="PATH", help="of a checkpoint, or r2plus1d_18's trunk")
+    add("--out", type=Path, help="[runs/DATA]")
+    add("--resume", action="store_true", help="go on in --out, or start there")
+    add("--overwrite", action="store_true", help="start anew in --out")
+    add("--eval", type=Path, help="test this checkpoint")
+    add("--scores", type=Path, help="of a test, as .npz")
+    add("--weights", type=Path, help="of a checkpoint, or of r2plus1d_18")
     add("--accumulate", type=number(int), default=1, help="parts of a step, to save memory [1]")
-    add("--checkpointing", action="store_true", help="compute blocks twice, to save memory")
-    add("--compile", action="store_true", help="torch.compile the training step")
+    add("--checkpointing", action="store_true", help="blocks twice, to save memory")
+    add("--compile", action="store_true", help="by torch.compile")
+    add("--device", choices=("cpu", "cuda"), help="[cuda if any]")
     add("--amp", choices=AMP, help="[CUDA bf16, or fp16 before Ampere; CPU off]")
     add("--workers", type=number(int, zero=True), help="of a rank [2; synthetic 1]")
-    add("--save-every", type=number(int), default=500, help="steps between two last.pt [500]")
+    add("--save-every", type=number(int), default=500, help="steps between last.pt [500]")
     add("--stop-after", type=number(int), default=math.inf, help="step, as by Ctrl-C [never]")
     add = parser.add_argument_group("recipe and model").add_argument
     for f in FIELDS:
@@ -408,14 +406,13 @@ def parse_args(words):
     synthetic = options.data == "synthetic"
     options.out = options.out or Path("runs", options.data)
     options.preset = options.preset or ("tiny" if synthetic else "paper")
-    options.device = "cuda" if torch.cuda.is_available() else "cpu"
+    options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if options.workers is None:
         options.workers = 1 if synthetic else 2
-    if options.amp is None:
-        options.amp = "off"
-        if options.device == "cuda":
-            bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-            options.amp = "bf16" if bf16 else "fp16"
+    amp = "off"
+    if options.device == "cuda":
+        amp = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    options.amp = options.amp or amp
     return options, given
 
 
@@ -425,7 +422,7 @@ def make(kind, values):
 
 
 def configure(options, given, source, saved):
-    """Recipe and settings: the checkpoint's values win, else the flags', else the preset's."""
+    """Which values win: the checkpoint's, else the flags', else the preset's."""
     known = {"classes": len(source.classes), "joints": len(source.joint_names)}
     values = PRESETS[options.preset] | known | given
     if saved:
@@ -445,8 +442,8 @@ def prepare(options, given):
     saved, path = None, options.eval or options.out / "last.pt"
     if options.eval or (options.resume and path.exists()):
         saved = load_checkpoint(path)
-    elif path.exists():
-        raise UsageError(f"{options.out} holds a run: use --resume or another --out")
+    elif path.exists() and not options.overwrite:
+        raise UsageError(f"{options.out} holds a run: use --resume, --overwrite or another --out")
     source = data.load_whole(options, training=not options.eval, quiet=RANK > 0)
     if saved:
         trained = saved["data"], saved["clips"]
@@ -474,14 +471,6 @@ def ask_to_stop(number, _):
         signal.signal(number, signal.SIG_DFL)
 
 
-def test(run):
-    result, scores = evaluate(run, run.dataset("test"))
-    say(json.dumps(result))
-    if RANK == 0 and run.options.scores:
-        np.savez(run.options.scores, classes=run.source.classes, **scores)
-    return 0
-
-
 def keep_memory():
     """Stop glibc from returning freed memory: page faults cost 10 % of a step."""
     with suppress(AttributeError, OSError, TypeError):  # another C library
@@ -501,24 +490,33 @@ def main(words=None):
             dist.init_process_group("cpu:gloo,cuda:nccl" if options.device == "cuda" else "gloo")
         run = prepare(options, given)
         values = vars(options) | asdict(run.recipe) | asdict(run.model.settings)
-        values |= {"torch": torch.__version__, "ranks": RANKS, "step": run.progress.step}
-        say(*(f"{name}={value}" for name, value in values.items()))
+        say(f"D3T, torch {torch.__version__}, {RANKS} ranks, step {run.progress.step}:", values)
         if options.eval:
-            return test(run)
+            result, scores = evaluate(run, run.dataset("test"))
+            say(json.dumps(result))
+            if RANK == 0 and options.scores:
+                np.savez(options.scores, classes=run.source.classes, **scores)
+            return 0
         options.out.mkdir(parents=True, exist_ok=True)
         signal.signal(signal.SIGINT, ask_to_stop)
         signal.signal(signal.SIGTERM, ask_to_stop)
         return train(run)
-    except (UsageError, AssertionError, DataError, ArithmeticError, OSError) as error:
-        sys.stderr.write(f"train.py: {error}\n")  # one call: the lines of ranks do not mix
-        return 2 if isinstance(error, (UsageError, AssertionError)) else 1
+    except (UsageError, AssertionError) as error:
+        status, what = 2, str(error)
+    except (DataError, ArithmeticError, OSError) as error:
+        status, what = 1, str(error)
+    except torch.AcceleratorError as error:  # such as a GPU that is too old for this torch
+        status, what = 1, str(error).splitlines()[0]
+    except torch.OutOfMemoryError as error:
+        status, what = 1, f"{error}. --accumulate and --checkpointing save memory"
+    sys.stderr.write(f"train.py: {what}\n")  # one call: the lines of ranks do not mix
+    return status
 
 
 if __name__ == "__main__":
     status = main()
     if RANKS > 1:
-        # Where a thread of gloo waits for the interpreter's lock at the end, the process aborts,
-        # and torchrun takes it for a failure.
+        # A thread of gloo that waits for the interpreter's lock at its end would abort the process.
         sys.stdout.flush()
         os._exit(status)
     sys.exit(status)

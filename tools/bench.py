@@ -1,18 +1,15 @@
 """Measure D3T on this machine: speed, memory, and what the time grows with.
 
-    python -m tools.bench             # clips/s and memory of forward and step, the parts of a forward
-    python -m tools.bench plain       # the same beside a plain version of the model
-    python -m tools.bench memory      # memory of a step beside the plain version, clips that fit in 32 GiB
-    python -m tools.bench scaling     # time of each part against frames, resolution and joints, with a plot
-    python -m tools.bench loader      # loading clips from JPEG against bare decoding
-    python -m tools.bench variants    # layouts, compilation and batches (for CUDA)
-    python -m tools.bench all --joints 13
+    python -m tools.bench           # clips/s, memory, parts of a forward
+    python -m tools.bench plain     # the same beside a plain version of the model
+    python -m tools.bench scaling   # time of each part against frames, pixels and joints
+    python -m tools.bench loader    # loading clips from JPEG
 
-The default is the paper's size, with the joints of Penn Action (13) and with those of two persons in NTU (50).
+The default is the paper's size, with 13 joints (Penn Action) and with 50 (NTU). The model's flags
+are those of train.py, as is --checkpointing.
 
-Versions run in turns, A B A B, in one process. A time is the median of the rounds, after one round that only warms up.
-Operations are those of a forward, two for each multiplication; a step counts as three forwards. Their rate is compared
-with a product of two matrices in the same rounds and type. Memory is the largest sum of live tensors.
+Versions run in turns in one process. A time is the median of the rounds after a warm-up
+round. Memory is the largest sum of live tensors.
 """
 
 import argparse
@@ -23,377 +20,264 @@ import sys
 import tempfile
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable
-from contextlib import ExitStack
-from dataclasses import dataclass, fields, replace
-from functools import cache, partial
+from contextlib import nullcontext
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from unittest import mock
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 import d3t
 import data
 import train
-from d3t import Settings
-from tools.common import tool
+from tools.common import make_parser, tool
 
 CUDA = torch.cuda.is_available()
-TYPES = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-SWEEPS = {"frames": (8, 12, 16, 24, 32), "resolution": (112, 160, 224, 288), "joints": (13, 26, 50, 100)}
+SWEEPS = {"frames": (8, 12, 16, 24), "resolution": (112, 160, 224), "joints": (13, 26, 50, 100)}
 ATTENTIONS = ("deformable", "joint", "temporal")
-PARTS = ("trunk", "joint tokenizer", "token search", *(f"{name} attention" for name in ATTENTIONS))
+PARTS = ("trunk", "pose tokens", "token search", *(f"{name} attention" for name in ATTENTIONS))
+EPOCHS = 8  # of eight clips, loaded in a round
 GIB = 2**30
 
 
-# ---- How it is measured --------------------------------------------------------------------------------------------
-@dataclass(frozen=True)
+# ---- How it is measured ----
+def plain_msa(attention, *qkv):
+    """`AttentionBlock.msa` with an explicit softmax."""
+    q, k, v = (x.unflatten(-1, (attention.heads, -1)).transpose(1, 2) for x in qkv)
+    weights = (q @ k.mT / q.shape[-1] ** 0.5).softmax(-1)
+    return attention.Wo((weights @ v).transpose(1, 2).flatten(2))
+
+
+def make_batch(s, clips, device):
+    """A batch in the layout of `data.collate`."""
+    video = torch.randint(256, (clips, s.frames, s.height, s.width, 3), dtype=torch.uint8)
+    joints = torch.rand(clips, s.frames, s.joints, 2)
+    batch = {"video": video.permute(0, 4, 1, 2, 3), "visible": joints[..., 0] < 0.9}
+    batch["joints"] = joints * torch.tensor([s.width, s.height])
+    batch["label"] = torch.arange(clips) % s.classes
+    return {name: tensor.to(device) for name, tensor in batch.items()}
+
+
 class Version:
-    settings: Settings
-    amp: str = "off"
-    plain: bool = False  # without fused attention, all tokens of the last block
-    channels_last: bool = True
-    compiled: bool = False
-    checkpoints: bool = False
+    """A model that is trained as in train.py, at a learning rate of zero, and its batch.
 
+    "plain" is as one would write it first: float32, contiguous tensors, an explicit softmax, all
+    tokens of the last block.
+    """
 
-def plain_msa(self, X: Tensor, X_: Tensor) -> Tensor:
-    """`AttentionBlock.msa` with an explicit softmax, one window after the other."""
-    heads = zip(self.split(self.Wq(X)), self.split(self.Wk(X_)), self.split(self.Wv(X_)))
-    out = [(q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).softmax(-1) @ v for q, k, v in heads]
-    return self.Wo(torch.stack(out).transpose(1, 2).flatten(2))
+    def __init__(self, s, options, amp="off", clips=1):
+        self.options = argparse.Namespace(**vars(options) | {"amp": amp})
+        model = self.model = train.make_model(s, train.Recipe(), options)
+        self.optimizer = train.make_optimizer(model, train.Recipe(lr=0.0))
+        self.batch = make_batch(s, clips, options.device)
+        self.watching = False
+        self.watch("trunk", model.trunk, "forward")
+        self.watch("pose tokens", model, "pose_tokens")
+        for block in model.blocks:
+            if isinstance(block.deformable, d3t.DeformableAttention):
+                search = block.deformable.search
+                self.watch("token search", search, "forward")
+                # Once trained, it reads between the tokens.
+                torch.nn.init.normal_(search.offset.weight, std=0.02)
+            for name in ATTENTIONS:
+                self.watch(f"{name} attention", getattr(block, name), "forward")
+        if amp == "plain":
+            self.options.amp = "off"
+            self.batch["video"] = self.batch["video"].contiguous()
+            model.to(memory_format=torch.contiguous_format).blocks[-1].last = False
+            for module in model.modules():
+                if isinstance(module, d3t.AttentionBlock):
+                    module.msa = partial(plain_msa, module)
 
+    def watch(self, part, owner, name):
+        """Add the seconds of a function to those of its part."""
+        function = getattr(owner, name)
 
-class Run:
-    """A model that is trained as train.py does, with a learning rate of zero, so that its weights stay the same."""
+        def watched(*inputs):
+            if not self.watching:
+                return function(*inputs)
+            begin = clock(self.options.device)
+            out = function(*inputs)
+            self.seconds[part] += clock(self.options.device) - begin
+            return out
 
-    def __init__(self, version: Version, device: torch.device):
-        self.version, self.device = version, device
-        options = argparse.Namespace(device=device, checkpointing=version.checkpoints)
-        self.model = train.make_model(version.settings, train.Recipe(), options)
-        if not version.channels_last:
-            self.model.to(memory_format=torch.contiguous_format)
-        for module in self.model.modules():
-            if isinstance(module, d3t.TokenSearch):  # the points of a trained search lie between the tokens
-                torch.nn.init.normal_(module.offset.weight, std=0.02)
-            if isinstance(module, d3t.AttentionBlock) and version.plain:
-                module.msa = partial(plain_msa, module)
-            if isinstance(module, d3t.Block) and version.plain:
-                module.queries = None
-        self.net = torch.compile(self.model, dynamic=False) if version.compiled else self.model
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.0, fused=True)
-        self.scaler = torch.amp.GradScaler(device.type, init_scale=1024.0, enabled=version.amp == "fp16")
+        setattr(owner, name, watched)
 
-    def logits(self, batch: list[Tensor]) -> Tensor:
-        video, joints, visible, _ = batch
-        video = video if self.version.channels_last else video.contiguous()
-        with torch.autocast(self.device.type, TYPES[self.version.amp], enabled=self.version.amp != "off"):
-            return self.net(video, joints, visible).float()
+    def parts(self):
+        """Seconds of each part of a forward, of the rest and of all of it."""
+        self.seconds = dict.fromkeys(PARTS, 0.0)
+        self.watching, begin = True, clock(self.options.device)
+        self.forward()
+        self.watching, whole = False, clock(self.options.device) - begin
+        self.seconds["deformable attention"] -= self.seconds["token search"]  # called inside it
+        return self.seconds | {"rest": whole - sum(self.seconds.values()), "all": whole}
 
     @torch.no_grad()
-    def forward(self, batch: list[Tensor]) -> Tensor:
-        self.net.eval()
-        return self.logits(batch)
+    def forward(self):
+        self.model.eval()
+        return train.forward(self.model, self.batch, self.options)[0]
 
-    def step(self, batch: list[Tensor]):
-        """As in train.train_one_epoch."""
-        self.net.train()
-        self.scaler.scale(F.cross_entropy(self.logits(batch), batch[3])).backward()
-        self.scaler.unscale_(self.optimizer)
+    def step(self):
+        """As in `train.train`, without a scaler."""
+        self.model.train()
+        F.cross_entropy(*train.forward(self.model, self.batch, self.options)).backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
 
 
-def make_batch(s: Settings, clips: int, device: torch.device) -> list[Tensor]:
-    """Video, joints, visible and label; the video in the layout of `data.collate`."""
-    random = np.random.default_rng(0)
-    video = random.integers(0, 256, (clips, s.frames, s.height, s.width, 3), dtype=np.uint8).transpose(0, 4, 1, 2, 3)
-    joints = random.random((clips, s.frames, s.joints, 2), dtype=np.float32) * np.float32([s.width, s.height])
-    batch = video, joints, random.random(joints.shape[:3]) < 0.9, np.arange(clips) % s.classes
-    return [torch.from_numpy(array).to(device) for array in batch]
-
-
-def clock(device: torch.device) -> float:
+def clock(device):
     torch.get_device_module(device).synchronize()
     return time.perf_counter()
 
 
-def take_turns(options: argparse.Namespace, work: dict[object, dict[str, Callable]]) -> dict[tuple, float]:
-    """Median seconds by (version, name) of the functions of each version; in a round each function is called once.
-
-    A function may return a dict of seconds by name, which are added.
-    """
+def take_turns(options, work):
+    """Median seconds of functions by key, and of the parts that one returns by (key, part)."""
     found = defaultdict(list)
     for _ in range(1 + options.rounds):
-        for version, functions in work.items():
-            for name, function in functions.items():
-                begin = clock(options.device)
-                returned = function()
-                seconds = clock(options.device) - begin
-                parts = returned if isinstance(returned, dict) else {}
-                for part, value in {name: seconds, **parts}.items():
-                    found[version, part].append(value)
-    return {key: np.median(values[1:]) for key, values in found.items()}
+        for key, function in work.items():
+            begin = clock(options.device)
+            parts = function()
+            found[key].append(clock(options.device) - begin)
+            for part in parts if isinstance(parts, dict) else ():
+                found[key, part].append(parts[part])
+    return {key: np.median(seconds[1:]) for key, seconds in found.items()}
 
 
-def by_part(run: Run, batch: list[Tensor], meter: Callable) -> dict[str, float]:
-    """What `meter` gains in each part of a forward, in the rest and in all of it."""
-    gained = defaultdict(float)
-
-    def metered(name, function):
-        def call(*args, **kwargs):
-            gained[name] -= meter()
-            out = function(*args, **kwargs)
-            gained[name] += meter()
-            return out
-
-        return call
-
-    parts = [("trunk", run.model.trunk, "forward"), ("joint tokenizer", d3t, "joint_tokens")]
-    for block in run.model.blocks:
-        parts += [("token search", block.deformable and block.deformable.search, "forward")]
-        parts += [(f"{name} attention", getattr(block, name), "forward") for name in ATTENTIONS]
-    with ExitStack() as stack:
-        for name, owner, call in parts:
-            if owner is not None:  # a disabled attention
-                stack.enter_context(mock.patch.object(owner, call, metered(name, getattr(owner, call))))
-        metered("all", run.forward)(batch)
-    gained["deformable attention"] -= gained["token search"]  # which is called inside it
-    gained["rest"] = 2 * gained["all"] - sum(gained.values())
-    return {name: gained[name] for name in (*PARTS, "rest", "all")}
-
-
-def operations(s: Settings, clips: int, device: torch.device) -> dict[str, float]:
-    """Operations of a forward by part: products of matrices, convolutions, attention; no trilinear sampling."""
-    on_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # which torch's counter lacks
-    run = Run(Version(s), device)
-    run.model.requires_grad_(False)  # the counter fails on views of parameters where no gradient is recorded
-    lacking = {on_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v)}
-    with FlopCounterMode(display=False, custom_mapping=lacking) as counter:
-        return by_part(run, make_batch(s, clips, device), counter.get_total_flops)
-
-
-@cache
-def step_memory(version: Version, clips: int, device: torch.device) -> int:
-    """The most bytes of live tensors in a training step, with the weights, AdamW's averages and the batch."""
-
-    def two_steps():  # the second one has the averages
-        run, batch = Run(version, device), make_batch(version.settings, clips, device)
-        run.step(batch)
-        run.step(batch)
-
+def step_memory(s, options, amp, clips):
+    """The most GiB of live tensors in a step, with weights, AdamW's averages and the batch."""
     gc.collect()  # with checkpoints, what a block computes again is in a reference cycle
-    if device.type == "cuda":
+    cuda = options.device == "cuda"
+    if cuda:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        two_steps()
-        return torch.cuda.max_memory_allocated() - before
     os.environ["KINETO_LOG_LEVEL"] = "99"  # keeps the profiler from printing
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watched:
-        two_steps()
+    on_cpu = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
+    with nullcontext() if cuda else on_cpu as watched:
+        version = Version(s, options, amp, clips)
+        version.step()
+        version.step()  # this one has the averages
+    if cuda:
+        return (torch.cuda.max_memory_allocated() - before) / GIB
     events = watched.profiler.kineto_results.events()
-    return max(itertools.accumulate(event.nbytes() for event in events if event.name() == "[memory]"))
+    changes = [event.nbytes() for event in events if event.name() == "[memory]"]
+    return max(itertools.accumulate(changes)) / GIB
 
 
-def row(name: str, *cells, form: str = "{}"):
-    print(f"{name:36}" + "".join(f"{form.format(cell):>16}" for cell in cells), flush=True)
+# ---- Sections ----
+def row(name, cells, form="{}"):
+    print(f"{name:36}" + "".join(f"{form.format(cell):>14}" for cell in cells), flush=True)
 
 
-# ---- Sections ------------------------------------------------------------------------------------------------------
-def speed(versions: dict[str, Version], clips: int, options: argparse.Namespace, parts: bool = False):
-    """Print time, rate and memory of forward and step of each version, and of the parts of a forward."""
-    device, (first, *_), work = options.device, versions, {}
-    batch = make_batch(versions[first].settings, clips, device)
+def table(s, options):
+    """Time, rate and memory of forward and step in each type, and of the parts of a forward."""
+    names, clips = options.amp, options.batch
+    versions = {name: Version(s, options, name, clips) for name in names}
+    work = {}
     for name, version in versions.items():
-        run, matrices = Run(version, device), torch.randn(2, options.matrix, options.matrix, device=device)
-        product = partial(torch.mm, *matrices.to(TYPES[version.amp]))
-        work[name] = {"product": product, "forward": partial(run.forward, batch), "step": partial(run.step, batch)}
-        work[name] |= {"all": partial(by_part, run, batch, partial(clock, device))} if parts else {}
+        work[name, "forward"], work[name, "step"] = version.forward, version.step
+        work[name] = version.parts
     times = take_turns(options, work)
-    counts = {part: n for part, n in operations(versions[first].settings, clips, device).items() if n}
-    rates = [options.product / times[name, "product"] for name in versions]
-    row("", *versions)
-    row("product of matrices, TFLOP/s", *(rate / 1e12 for rate in rates), form="{:.2f}")
-    whole = counts.pop("all")
-    for kind, count in {"forward": whole, "step": 3 * whole, **(counts if parts else {})}.items():
-        took = [times[name, kind] for name in versions]
-        row(f"{kind}, ms a clip", *(1e3 * t / clips for t in took), form="{:.1f}")
+    row("", names)
+    for kind in ("forward", "step", *PARTS, "rest"):
+        took = [times[name, kind] for name in names]
+        row(f"{kind}, ms a clip", [1e3 * seconds / clips for seconds in took], "{:.1f}")
         if kind in ("forward", "step"):
-            row("  clips/s", *(clips / t for t in took), form="{:.3f}")
-            row(f"  times as fast as {first}", *(took[0] / t for t in took), form="{:.2f}")
-        of_product = [count / t / rate for t, rate in zip(took, rates)]
-        row(f"  {count / clips / 1e9:.2f} GFLOP, of product", *of_product, form="{:.1%}")
-    held = [step_memory(version, clips, device) / GIB for version in versions.values()]
-    row("peak memory of the step, GiB", *held, form="{:.2f}")
+            row("  clips/s", [clips / seconds for seconds in took], "{:.3f}")
+            row(f"  times as fast as {names[0]}", [took[0] / each for each in took], "{:.2f}")
+    held = [step_memory(s, options, name, clips) for name in names]
+    row("peak memory of the step, GiB", held, "{:.2f}")
+    first, *_ = logits = [version.forward() for version in versions.values()]
+    apart = [((each - first).abs().max() / first.abs().max()).item() for each in logits]
+    row("difference of logits, of the largest", apart, "{:.1e}")
 
 
-def table(s: Settings, options: argparse.Namespace):
-    """Speed and memory of each type, with the parts of a forward."""
-    speed({amp: Version(s, amp) for amp in options.amp}, options.batch, options, parts=True)
+def plain(s, options):
+    """`table` beside the plain version."""
+    table(s, argparse.Namespace(**vars(options) | {"amp": ["plain", *options.amp]}))
 
 
-def plain(s: Settings, options: argparse.Namespace):
-    """Speed, memory and logits of each type beside the plain version in float32."""
-    versions = {"plain": Version(s, plain=True, channels_last=False)} | {amp: Version(s, amp) for amp in options.amp}
-    speed(versions, options.batch, options)
-    batch = make_batch(s, options.batch, options.device)
-    first, *_ = logits = [Run(version, options.device).forward(batch) for version in versions.values()]
-    apart = [((other - first).abs().max() / first.abs().max()).item() for other in logits]
-    row("difference of logits, of the largest", *apart, form="{:.1e}")
-
-
-def memory(s: Settings, options: argparse.Namespace):
-    """Memory of a step, and the clips that fit in the 32 GiB of the paper's V100, from batches of 1 and 2."""
-    versions = {"plain": Version(s, plain=True, channels_last=False)} | {amp: Version(s, amp) for amp in options.amp}
-    row("", *versions)
-    for checkpoints in (False, True):
-        ways = [replace(version, checkpoints=checkpoints) for version in versions.values()]
-        one, two = ([step_memory(way, clips, options.device) / GIB for way in ways] for clips in (1, 2))
-        row(f"one clip{', --checkpointing' * checkpoints}, GiB", *one, form="{:.2f}")
-        row("  each further clip, GiB", *(b - a for a, b in zip(one, two)), form="{:.2f}")
-        row("  clips in 32 GiB", *(max(0, 1 + int((32 - a) / (b - a))) for a, b in zip(one, two)))
-
-
-def variants(s: Settings, options: argparse.Namespace):
-    """Layouts, and with --compile compilation, for each batch and type."""
-    if options.compile:
-        torch._dynamo.config.recompile_limit = 64  # each variant is compiled for itself
-    for clips, amp in itertools.product(options.batches or [options.batch], options.amp):
-        print(f"{clips} clips, {amp}")
-        versions = {"channels last": Version(s, amp), "channels first": Version(s, amp, channels_last=False)}
-        versions |= {"compiled": Version(s, amp, compiled=True)} if options.compile else {}
-        try:
-            speed(versions, clips, options)
-        except torch.OutOfMemoryError:
-            print("  out of memory")
-
-
-def scaling(s: Settings, options: argparse.Namespace):
-    """Time of each part of a float32 forward against frames, resolution and joints, beside its operations."""
-    plots = data.need("matplotlib.figure", "matplotlib", "to draw the plot")
-    device, work, flops = options.device, {}, {}
-    for axis, size in ((axis, size) for axis, sizes in SWEEPS.items() for size in sizes):
-        changed = replace(s, **({"height": size, "width": size} if axis == "resolution" else {axis: size}))
-        run, batch = Run(Version(changed), device), make_batch(changed, 1, device)
-        work[axis, size] = {"all": partial(by_part, run, batch, partial(clock, device))}
-        flops |= {((axis, size), part): count for part, count in operations(changed, 1, device).items()}
+def scaling(s, options):
+    """Time of each part of a float32 forward, and the exponent by which it grows."""
+    work = {}
+    for axis, sizes in SWEEPS.items():
+        for size in sizes:
+            change = {"height": size, "width": size} if axis == "resolution" else {axis: size}
+            work[axis, size] = Version(replace(s, **change), options).parts
     times = take_turns(options, work)
-
-    figure = plots.Figure(figsize=(14, 4.4), layout="constrained")
-    row("time ~ size ^ exponent", "measured", "operations")
-    for plot, (axis, sizes) in zip(figure.subplots(1, len(SWEEPS)), SWEEPS.items()):
-        print(f"  {axis} {', '.join(map(str, sizes))}")
-        for part in PARTS[1:]:
-            took, count = (np.array([cost[(axis, size), part] for size in sizes]) for cost in (times, flops))
-            if count.all():  # not a disabled attention
-                exponents = [np.polyfit(np.log(sizes), np.log(cost), 1)[0] for cost in (took, count)]
-                row(f"    {part}", *exponents, form="{:.2f}")
-                (line,) = plot.plot(sizes, 1e3 * took, "o-", label="{}: {:.2f} ({:.2f})".format(part, *exponents))
-                scaled = count * np.exp(np.log(took / count).mean())  # to the same mean as the times
-                plot.plot(sizes, 1e3 * scaled, "--", c=line.get_color(), alpha=0.6)
-        plot.set(xscale="log", yscale="log", xlabel=axis, ylabel="ms", title="exponents: measured (operations)")
-        plot.set_xticks(sizes, sizes)
-        plot.minorticks_off()
-        plot.legend(fontsize=7)
-    options.out.mkdir(parents=True, exist_ok=True)
-    figure.savefig(options.out / f"scaling-{s.joints}.png", dpi=110)
-    print(f"drawn to {options.out}")
+    for axis, sizes in SWEEPS.items():
+        row(f"{axis}, ms", [*sizes, "exponent"])
+        for part in (*PARTS, "all"):
+            took = [times[(axis, size), part] for size in sizes]
+            if all(took):  # not without a token search
+                exponent = np.polyfit(np.log(sizes), np.log(took), 1)[0]
+                row(f"  {part}", [*(1e3 * seconds for seconds in took), exponent], "{:.2f}")
 
 
-def bare_decoding(folder: Path, frames: np.ndarray, size: data.Size, crop: data.Crop) -> data.Frames:
-    """In place of `data.read_jpegs`: decode and scale the same frames as a whole, and keep nothing of them."""
-    image_module = data.need("PIL.Image", "pillow", "to read frames")
-    for frame in frames:
-        with image_module.open(folder / f"{frame + 1:06d}.jpg") as image:
-            image.draft("RGB", size[::-1])
-            np.asarray(image.convert("RGB").resize(size[::-1], image_module.Resampling.BILINEAR))
-    return data.Frames(np.empty((0, 0, 0, 3), np.uint8))
-
-
-def write_jpegs(root: Path) -> data.Source:
-    """Synthetic clips as JPEG frames of 480 x 270, with noise until a frame has the bytes of a photograph."""
+def write_jpegs(root):
+    """Eight synthetic clips as frames of 480 x 270, with noise for the bytes of a photograph."""
     image = data.need("PIL.Image", "pillow", "to write frames")
-    source, whole = data.synthetic(8, 1), (slice(0, 270), slice(0, 480))
-    noise = np.random.default_rng(0).normal(0, 10, (16, 270, 480, 3))
+    source, size = data.synthetic(8, 1), (270, 480)
+    noise = np.random.default_rng(0).normal(0, 10, (16, *size, 3))
     for clip in source.clips["train"]:
-        folder = root / clip.name
-        folder.mkdir()
-        for t, frame in enumerate(data.draw(clip.media, np.arange(16), (270, 480), whole).video + noise):
-            image.fromarray(frame.clip(0, 255).astype(np.uint8)).save(folder / f"{t + 1:06d}.jpg")
-        clip.media, clip.size = folder, (270, 480)
+        video = source.read(clip, np.arange(16), size, (slice(0, 270), slice(0, 480))).video
+        clip.media, clip.size = root / clip.name, size
+        clip.media.mkdir()
+        for t, frame in enumerate((video + noise).clip(0, 255).astype(np.uint8)):
+            image.fromarray(frame).save(clip.media / f"{t + 1:06d}.jpg")
+    source.read = partial(data.PennAction.read, source)
     return source
 
 
-def loader(s: Settings, options: argparse.Namespace):
-    """Loading clips from JPEG against bare decoding by as many processes."""
+def loader(s, options):
+    """Loading clips from JPEG, in training."""
     with tempfile.TemporaryDirectory() as folder:
-        source, loads = write_jpegs(Path(folder)), {}
-        order = [divmod(i, len(source.clips["train"])) for i in range(options.clips)]  # (epoch, clip)
-        batches = [order[i : i + 16] for i in range(0, options.clips, 16)]
-        for name, read in (("bare", bare_decoding), ("loader", data.read_jpegs)):
-            dataset = data.Dataset(replace(source, read=read), "train", s.frames, s.height, s.width)
-            loaded = train.load_batches(dataset, batches, options.workers, "cpu")
-            loads[name] = partial(deque, loaded, maxlen=0)  # takes them all and keeps none
-        times = take_turns(options, {"": loads})
-    bare, ours = (options.clips / times["", name] for name in loads)
-    row(f"{options.workers} workers", *loads, "ratio")
-    row(f"{s.frames} frames of a JPEG clip, clips/s", bare, ours, ours / bare, form="{:.2f}")
+        source = write_jpegs(Path(folder))
+        clips = data.Dataset(source, "train", s.frames, s.height, s.width)
+        batches = [[(epoch, i) for i in range(len(clips))] for epoch in range(EPOCHS)]
+        loads = train.load_batches(clips, batches, options)
+        times = take_turns(options, {"": partial(deque, loads, maxlen=0)})  # keeps none
+    name = f"{s.frames} frames of a JPEG clip, clips/s"
+    row(name, [EPOCHS * len(clips) / times[""]], "{:.1f}")
 
 
-SECTIONS = {f.__name__: f for f in (table, plain, memory, scaling, loader, variants)}
+# ---- Command line ----
+SECTIONS = {f.__name__: f for f in (table, plain, scaling, loader)}
 
 
-def parse_args(words: list[str] | None) -> tuple[argparse.Namespace, list[Settings]]:
-    """Options, and the settings for each number of joints."""
-    shape = partial(argparse.RawDescriptionHelpFormatter, max_help_position=34, width=118)
-    parser = argparse.ArgumentParser(prog="python -m tools.bench", description=__doc__, formatter_class=shape)
+def parse_args(words):
+    """Options, with those of train.py, and the settings for each number of joints."""
+    parser = make_parser("tools.bench", __doc__)
+    number, types = train.number(int), [*train.AMP][: 2 + CUDA]
     add = parser.add_argument
-    add("what", nargs="?", choices=[*SECTIONS, "all"], default="table", help="[table]")
-    add("--preset", choices=train.PRESETS, default="paper", help="the defaults of the model [paper]")
-    add("--joints", type=int, nargs="+", default=[13, 50], metavar="N", help="R, joints of all persons [13 50]")
-    add("--batch", type=int, default=8 if CUDA else 1, metavar="N", help="clips of forward and step [1; CUDA 8]")
-    add("--batches", type=int, nargs="+", metavar="N", help="variants: batches to try [--batch]")
-    add("--compile", action="store_true", help="variants: compiled ones, too")
-    add("--amp", nargs="+", choices=TYPES, default=[*TYPES][: 2 + CUDA], help="types [off bf16; CUDA off bf16 fp16]")
-    add("--device", choices=("cpu", "cuda"), default="cuda" if CUDA else "cpu", help="[cuda where there is one]")
-    add("--rounds", type=int, default=5, metavar="N", help="of each measurement [5]")
-    add("--matrix", type=int, default=8192 if CUDA else 4096, metavar="N", help="rows of a matrix [4096; CUDA 8192]")
-    add("--workers", type=int, default=2, metavar="N", help="processes that load clips [2]")
-    add("--clips", type=int, default=64, metavar="N", help="that they load in a round [64]")
-    add("--out", type=Path, default=Path("bench"), metavar="DIR", help="folder of the plots [bench]")
-    add = parser.add_argument_group("model", Settings.__doc__).add_argument
-    for f in fields(Settings):
-        if f.name != "joints":
-            how = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type, "metavar": "N"}
-            text = f"{f.metadata['help']} [{f.default}]"
-            add("--" + f.name.replace("_", "-"), **how, default=argparse.SUPPRESS, help=text)
-    options = parser.parse_args(words)
-    if min(options.batch, options.matrix, options.rounds, options.clips, *(options.batches or [])) < 1:
-        raise data.UsageError("--batch, --batches, --matrix, --rounds and --clips must be 1 or more")
-    options.device, options.product = torch.device(options.device), 2 * options.matrix**3  # operations of the product
-    values = train.PRESETS[options.preset] | vars(options)
-    values = {f.name: values[f.name] for f in fields(Settings) if f.name in values}
-    with data.errors_as(data.UsageError, "a model of these flags cannot be made"):
-        return options, [Settings(**values | {"joints": R}) for R in options.joints]
+    add("what", choices=[*SECTIONS, "all"], help="[table]")
+    add("--joints", type=number, nargs="+", default=[13, 50], help="R [13 50]")
+    add("--batch", type=number, default=8 if CUDA else 1, help="clips of a step [1; CUDA 8]")
+    add("--amp", nargs="+", choices=train.AMP, default=types, help="[off bf16; CUDA and fp16]")
+    add("--rounds", type=number, default=5, help="of each measurement [5]")
+    words = sys.argv[1:] if words is None else words
+    named = words and not words[0].startswith("-")
+    options, rest = parser.parse_known_args(words if named else ["table", *words])
+    known, given = train.parse_args(["--preset", "paper", "--workers", "2", *rest])
+    options = argparse.Namespace(**vars(known) | vars(options))
+    return options, [train.make(d3t.Ablation, given | {"joints": R}) for R in options.joints]
 
 
 @tool("tools.bench")
-def main(words: list[str] | None = None):
+def main(words=None):
     options, several = parse_args(words)
     train.keep_memory()
-    torch.backends.cudnn.allow_tf32 = False  # the same float32 as in the product of matrices; in training it is True
-    name = torch.cuda.get_device_name() if options.device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    # In training, convolutions may use TF32.
+    torch.backends.cudnn.allow_tf32 = False
+    name = torch.cuda.get_device_name() if CUDA else f"{torch.get_num_threads()} CPU threads"
     for s, (title, section) in itertools.product(several, SECTIONS.items()):
         if options.what in (title, "all"):
-            size = f"T={s.frames} {s.height}x{s.width} C={s.channels} L={s.blocks} R={s.joints}, batch {options.batch}"
-            print(f"\n{title}: {size}, {options.rounds} rounds, {name}, torch {torch.__version__}")
+            size = f"T={s.frames} {s.height}x{s.width} C={s.channels} L={s.blocks} R={s.joints}"
+            how = f"batch {options.batch}, {options.rounds} rounds"
+            print(f"\n{title}: {size}, {how}, {name}, torch {torch.__version__}")
             section(s, options)
 
 
