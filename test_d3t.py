@@ -1,8 +1,7 @@
 """The proof of D3T. Each docstring of a test names the bug that it catches.
 
-The first part holds slow loops in float64 that were written from the sentences of the paper, not
-from `d3t.py`. They take numpy arrays, name every token, and share no code with the model. The model
-has to agree with them.
+The first part holds slow loops in float64, written from the sentences of the paper, not from
+`d3t.py`. They take numpy arrays, name every token, and share no code with the model.
 """
 
 import argparse
@@ -14,9 +13,7 @@ import json
 import math
 import os
 import pickle
-import platform
 import re
-import resource
 import shutil
 import signal
 import socket
@@ -24,7 +21,6 @@ import subprocess
 import sys
 import textwrap
 import types
-from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -37,12 +33,12 @@ import data
 import train
 from d3t import D3T, Ablation, Settings, Trunk, build
 
-torch.set_num_threads(1)  # more gain nothing here, and then sums are the same in all processes
+torch.set_num_threads(1)  # so that sums are the same in all processes
 HERE = Path(train.__file__).parent
 README = (HERE / "README.md").read_text()
 
 
-# ---- The oracle: plain loops, float64, from the paper ----
+# ---- The oracle ----
 def weights(module) -> dict:
     """Parameters of a module as numpy arrays by name."""
     return {name: p.detach().numpy() for name, p in module.named_parameters()}
@@ -309,10 +305,10 @@ def loop_tokens(model, F_a, F_b, joints, visible):
     ids=["two blocks", "four heads", "one block"],
 )
 def test_model_is_fig_2a(changes):
-    """Catches: modal tokens sent to the wrong attention, no fusion of M'_CLS."""
+    """Catches: modal tokens sent to the wrong attention, bytes normalised in another way."""
     s = small(**changes)
     model, clip = randomize(D3T(s)), normalised(*clip_for(s))
-    logits, w = model(*clip), weights(model)
+    logits, w = model(clip_for(s)[0], *clip[1:]), weights(model)  # of a video in bytes
     for b in range(2):
         video, joints, visible = (each[b : b + 1] for each in clip)
         F_a, F_b = (each[0].detach() for each in model.trunk(video))
@@ -321,13 +317,6 @@ def test_model_is_fig_2a(changes):
             tokens = loop_block(*tokens, part(w, f"blocks.{i}."), s)
         mean = np.concatenate([token.mean(0) for token in tokens[2:]])
         close(logits[b], w["head.weight"] @ mean + w["head.bias"])
-
-
-def test_bytes_are_normalised():
-    """Catches: another mean or deviation than those of Kinetics-400."""
-    model, clip = randomize(D3T(small())), clip_for(small())
-    video, joints, visible = normalised(*clip)
-    close(model(clip[0], joints, visible), model(video, joints, visible), 1e-12)
 
 
 @pytest.mark.parametrize("modal", [3, 1, 0])
@@ -479,23 +468,6 @@ def test_absent_joints_have_no_effect(value, seen, axis):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast_computes_the_attentions_in_16_bits(dtype, monkeypatch):
-    """Catches: a model that stays in float32 under autocast, or whose logits are far off."""
-    s, seen, attend = small(), [], F.scaled_dot_product_attention
-    model, (video, *rest) = D3T(s).eval(), clip_for(s)
-    expected = model(video, *rest)
-
-    def spy(q, k, v):
-        seen.append(q.dtype)
-        return attend(q, k, v)
-
-    monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
-    with torch.autocast("cpu", dtype):
-        close(model(video, *rest).float(), expected, 0.1)
-    assert {*seen} == {dtype}
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast_keeps_positions_in_float32(dtype):
     """Catches: heat maps or points in 16 bits, where a position has three digits."""
     F_a, joints = randn(2, 8, 3, 40, 44).to(dtype), randn(2, 3, 7, 2).float().abs() * 30
@@ -512,10 +484,9 @@ def test_autocast_keeps_positions_in_float32(dtype):
 def test_trunk_has_torchvisions_widths():
     """Catches: another width than that of r2plus1d_18, whose weights then do not load."""
     kernels = [p.shape for p in d3t.Trunk(64).parameters() if p.ndim == 5]
-    space = [k[0] for k in kernels if k[2:] == (1, 3, 3)]
-    assert kernels[:2] == [(45, 3, 1, 7, 7), (64, 45, 3, 1, 1)]
-    assert space == [144] * 4 + [230] * 2 + [288] * 2 + [460] * 2 + [576] * 2
-    assert [k[0] for k in kernels if k[2:] == (3, 1, 1)] == [64] * 5 + [128] * 4 + [256] * 4
+    space = [k[0] for k in kernels if k[2] == 1 and k[3] > 1]
+    assert space == [45] + [144] * 4 + [230] * 2 + [288] * 2 + [460] * 2 + [576] * 2
+    assert [k[0] for k in kernels if k[2] == 3] == [64] * 5 + [128] * 4 + [256] * 4
 
 
 def test_trunk_computes_r2plus1d():
@@ -563,7 +534,7 @@ def initial_std(name, p):
 
 
 def test_initial_scales():
-    """Catches: weights of another initial scale, which decides whether the short run learns."""
+    """Catches: weights of another initial scale, on which learning depends."""
     model = D3T(Settings(channels=16, blocks=2, frames=4, height=40, width=40, kernel=3))
     for name, p in model.named_parameters():
         std = initial_std(name, p)
@@ -584,7 +555,6 @@ def test_constants_are_not_saved():
 
 REFUSED = [
     (dict(joint_window=8), "joint_stride <= joint_window <= joints"),
-    (dict(joint_stride=5), "joint_stride <= joint_window <= joints"),
     (dict(temporal_window=6), "temporal_stride <= temporal_window <= frames"),
     (dict(heads=3), "D = 4C = 8 does not divide by heads = 3"),
     (dict(modal_tokens=2), "modal_tokens = 2"),
@@ -614,18 +584,6 @@ def test_inputs_that_do_not_fit(name, change, said):
     with pytest.raises(AssertionError, match=name) as error:
         D3T(small())(**clip | {name: change(clip[name])})
     assert all(word in str(error.value) for word in said)
-
-
-def test_one_graph_for_any_batch():
-    """Catches: a call that splits the graph of torch.compile, a batch size fixed in it."""
-    s = small(blocks=1)
-    model, clip = D3T(s).eval(), clip_for(s)
-    # The residual blocks have no sizes in their code and take seconds to trace.
-    model.trunk.layer1 = model.trunk.layer2 = torch.nn.Identity()
-    model.trunk.layer3 = torch.nn.Conv3d(s.channels, 4 * s.channels, 1, (1, 4, 4))
-    for x in clip:
-        torch._dynamo.mark_dynamic(x, 0)
-    close(torch.compile(model, fullgraph=True, backend="eager")(*clip), model(*clip), 1e-5)
 
 
 # ---- Data ----
@@ -704,37 +662,6 @@ def test_items_depend_on_seed_epoch_and_index_alone():
     assert all(same(first[key], again[key]) for key in reversed(first))
     assert same(first[0, 2], again[2]) and (np.random.get_state()[1] == state).all()
     assert not same(first[0, 1], first[1, 1]) and not same(first[0, 1], make(seed=1)[0, 1])
-
-
-def test_labels_of_synthetic_clips():
-    """Catches: a label of the other figure; one that joints or order give away."""
-    moving = {(1, 0): "wave", (2, 0): "flap", (2, 2): "jumping jack", (0, 1): "kick"}
-    clips, cells = data.Synthetic(train=400, test=0).clips["train"], []
-    for clip in clips:
-        figures = [np.array_equal(np.float32(figure), clip.joints) for figure in clip.media[0]]
-        moves = np.ptp(clip.joints - clip.joints[:, 7:8], axis=0).max(-1) > 5
-        action = moving[moves[[5, 6]].sum(), moves[[11, 12]].sum()]  # wrists and ankles
-        assert data.SYNTHETIC_ACTIONS[clip.label] == action
-        cells.append(clip.label + 4 * figures.index(True))
-    assert np.bincount(cells, minlength=8).min() > 30  # of about 50
-    seen = np.mean([clip.visible for clip in clips], (0, 1))
-    assert np.flatnonzero(seen).tolist() == data.TORSO and seen.max() < 1
-
-
-def test_synthetic_frames():
-    """Catches: a figure that is drawn elsewhere, or without an end; a crop of another place."""
-    source, frames = data.Synthetic(train=8, test=0), np.array([1, 6, 14])
-    for clip in source.clips["train"]:
-        video = source.read(clip, frames, (96, 160), np.s_[:96, :160]).video.astype(int)
-        part = source.read(clip, frames, (96, 160), np.s_[5:60, 9:80]).video
-        assert np.array_equal(part, video[:, 5:60, 9:80])
-        figure = clip.media[0][1][frames]  # the one in front
-        middles, tops = figure[:, np.array(data.PENN_EDGES)].mean(2), figure[:, :1] - [0, 2]
-        places = (np.concatenate([middles, tops], 1) + 0.5) * [160 / 64, 96 / 64] - 0.5
-        t, limb = ((places > 1) & (places < [158, 94])).all(-1).nonzero()
-        x, y = places[t, limb].round().astype(int).T
-        away = abs(video - clip.media[1][1]).max(-1)
-        assert len(t) > 15 and away[t, y, x].max() <= 1 and (away <= 1).mean() < 0.2
 
 
 def options(*words):
@@ -842,13 +769,6 @@ def test_penn_action_labels_that_are_damaged(penn):
     assert [len(clips) for clips in source.clips.values()] == [6, 7]
 
 
-def test_penn_action_that_is_not_there(penn):
-    """Catches: a missing data set without what was looked for and where to get it."""
-    (penn / "frames").rename(penn / "pictures")
-    with pytest.raises(data.DataError, match=f"{penn}/labels/0001.mat .*dreamdragon.github.io"):
-        data.PennAction([penn])
-
-
 @pytest.mark.parametrize("part", [2.3, 4.1, 8.2])
 def test_penn_action_frames_are_scaled_and_cropped(tmp_path, part):
     """Catches: a crop of another place; a decoder that rounds up the sides of a smaller frame."""
@@ -878,20 +798,6 @@ def test_frames_that_are_damaged(penn, said):
     ((name, why),) = item["bad"]
     assert name == "0002" and why.startswith(f"{path}: ") and said in why
     assert item["name"] == other["name"] == "0004" and not other["bad"]
-
-
-def test_training_ends_where_all_clips_are_bad():
-    """Catches: a search for a clip without an end."""
-    with pytest.raises(data.BadClip, match="^FILE: a reason(; FILE: a reason){10}$"):
-        data.Dataset(numbered("train", media="FILE: a reason"), "train", 8, 24, 24)[0]
-
-
-def test_a_bad_clip_ends_a_test():
-    """Catches: a clip missing in a test; a worker's traceback for a message."""
-    testing = data.Dataset(numbered("test", media="FILE: a reason"), "test", 8, 24, 24)
-    with pytest.raises(data.BadClip, match="^FILE: a reason$") as caught:
-        list(torch.utils.data.DataLoader(testing, num_workers=1))
-    caught.value.__traceback__ = None  # holds the loader, whose end takes 5 s if it is collected
 
 
 def test_batches():
@@ -1218,15 +1124,6 @@ def test_weights_of_torchvision(fit):
     assert all(torch.equal(trunk[name], value) for name, value in weights.items())
 
 
-def test_settings_are_flags_with_help(fit):
-    """Catches: a field of the dataclasses or a preset that the help forgot."""
-    printed = " ".join(fit("-h")[1].split())
-    for f in fields(train.Recipe) + fields(Ablation)[2:]:
-        flag, text = "--" + f.name.replace("_", "-"), re.escape(f.metadata["help"])
-        assert re.search(rf"{flag}( [A-Z_]+|, --no\S+) {text} \[{f.default}", printed)
-    assert "[224; small 96; tiny 40]" in printed
-
-
 @pytest.mark.parametrize("cuda, bf16, amp", [(0, 0, "off"), (1, 1, "bf16"), (1, 0, "fp16")])
 def test_defaults(cuda, bf16, amp, monkeypatch):
     """Catches: fp16 where CUDA has bf16, or bf16 that it emulates; a zero that is refused."""
@@ -1344,17 +1241,6 @@ def test_the_script_under_torchrun(fit):
     assert done.returncode == 0 and "at exit" not in done.stdout, done.stderr
     assert not any("module." in key for key in checkpoint()["model"])
     assert 1 < log_of()[0]["loss"] < 2  # ln 4 at first, not the sum over ranks
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
-def test_freed_memory_is_used_again():
-    """Catches: settings of the C library that it ignores."""
-    train.keep_memory()
-    faults = []
-    for _ in range(20):
-        torch.ones(2**24)
-        faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
-    assert faults[-1] - faults[9] < 100  # of 10 * 16,384 pages
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")

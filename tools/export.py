@@ -1,4 +1,4 @@
-"""Write a checkpoint as ONNX, for any number of clips, and compare its logits with the model's.
+"""Write a checkpoint as ONNX and compare its logits with the model's.
 
 python -m tools.export runs/pennaction/best.pt d3t.onnx    # takes onnx, onnxscript, onnxruntime
 """
@@ -18,7 +18,7 @@ NAMES = ["video", "joints", "visible"]
 
 
 def random_clips(s, B: int) -> tuple:
-    """Inputs of a forward; one joint is hidden, and one is not a number."""
+    """Inputs of a forward, with a hidden joint and one that is NaN."""
     video = torch.randint(0, 256, (B, 3, s.frames, s.height, s.width), dtype=torch.uint8)
     joints = torch.rand(B, s.frames, s.joints, 2) * torch.tensor([s.width, s.height])
     visible = torch.ones(B, s.frames, s.joints, dtype=torch.bool)
@@ -27,7 +27,7 @@ def random_clips(s, B: int) -> tuple:
 
 
 def export(model, path: Path):
-    """Write the model; the example has two clips, as torch takes a batch of one for a constant."""
+    """Write the model, from an example of two clips: a batch of one would be a constant."""
     data.need("onnxscript", "onnx onnxscript", "to write ONNX")
     how = {"input_names": NAMES, "dynamic_shapes": [{0: torch.export.Dim("batch")}] * 3}
     clips = random_clips(model.settings, 2)
@@ -36,7 +36,7 @@ def export(model, path: Path):
 
 @torch.no_grad()
 def compare(model, path: Path) -> float:
-    """The largest difference of logits between the file and the model, of 1, 2 and 5 clips."""
+    """The largest difference of logits, for 1, 2 and 5 clips."""
     session = data.need("onnxruntime", "onnxruntime", "to compare").InferenceSession(path)
     largest = []
     for clips in (random_clips(model.settings, B) for B in (1, 2, 5)):
@@ -48,7 +48,7 @@ def compare(model, path: Path) -> float:
 
 @tool("tools.export")
 def main(words: list[str] | None = None):
-    parser = argparse.ArgumentParser("tools.export", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("onnx", type=Path)
     options = parser.parse_args(words)

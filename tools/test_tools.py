@@ -33,7 +33,7 @@ from tools.common import file_name
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A folder with a checkpoint of few synthetic clips, for which "synthetic" stands."""
+    """A folder with a checkpoint of `few_clips`."""
     run = tmp_path_factory.mktemp("run")
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(data.SOURCES, "synthetic", (few_clips, []))
@@ -59,7 +59,7 @@ def drawn(monkeypatch):
 
 
 def run(tool, words):
-    """The status of a command."""
+    """Its status."""
     try:
         return tool.main(words.split())
     except SystemExit as end:
@@ -299,7 +299,7 @@ def test_rows_of_the_ablations(what, frames, stride):
 
 @pytest.mark.parametrize("hide", ["joints", "video"])
 def test_a_hidden_modality(hide, tmp_path, monkeypatch):
-    """Catches: a modality that is seen in training or in the test, the other one hidden."""
+    """Catches: a modality that is seen in training or in the test."""
     monkeypatch.setitem(data.SOURCES, "synthetic", (few_clips, []))
     seen, forward = [], D3T.forward
     monkeypatch.setattr(D3T, "forward", lambda *x: (seen.append(x[1:]), forward(*x))[1])
@@ -354,7 +354,6 @@ REFUSED = [  # tool, words, what the error names
     (bench, "--batch 0", "--batch"),
     (bench, "--kernel 1", "kernel = 1"),
     (ablate, "table4 --seed 3", "--seed"),
-    (ablate, "--hide sound", "--hide"),
     (check, "--root {run}/gone", "--root"),
     (search, "--kernel 2", "--kernel"),
 ]
@@ -450,16 +449,17 @@ def test_samples_of_the_search():
 
 
 def test_command_of_the_search(tmp_path, drawn, capsys):
-    """Catches: a flag that is ignored, points drawn elsewhere."""
+    """Catches: a frozen search that learns, points drawn elsewhere."""
     flags = "--kernel 4 --grid 3 5 4 --steps 2 --batch 3 --noise 0.5 --rate 1 --seeds 4"
     assert run(search, f"{flags} --without-displacement --out {tmp_path}/out") == 0
     size = dict(grid=[3, 5, 4], kernel=4, steps=2, batch=3, noise=0.5, rate=1.0, scale=0)
     figures, tested = search.experiment(argparse.Namespace(**size), 4, False)
-    line = capsys.readouterr().out.splitlines()[2]
+    *_, line, frozen = capsys.readouterr().out.splitlines()
     assert line.startswith("| learned | 4 | {:.1%} | {:.2f} | {:.2f} | 2 | ".format(*figures))
-    points = tested[4][0].tolist()  # of the first sample, after training
-    here = [[x, y] for at, y, x in points if round(at) == 1]
-    assert drawn[0].axes[1].collections[2].get_offsets().tolist() == here
+    assert frozen.split()[7] == frozen.split()[9]  # the distance before and after
+    for t, axis in enumerate(drawn[0].axes[:3]):  # the first sample
+        here = [[x, y] for at, y, x in tested[4][0].tolist() if round(at) == t]
+        assert axis.collections[2].get_offsets().tolist() == here
 
 
 def test_ctrl_c(monkeypatch):
