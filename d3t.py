@@ -21,9 +21,8 @@ ICCV 2023), bottom-up and in the paper's symbols. Figure 2a in the names of this
     R     joints of all persons     X     queries, [Z | M_RGB | M_CLS]   (B, T*(h*w + 2), D)
     L     transformer blocks        X_    X~, keys, [Z~ | M_RGB | M_CLS]
 
-Between the modules, tokens are (B, T, N, D). "(ours 4)" marks a line where the paper is silent,
-"(departure 1)" one where it says otherwise: the README has the reason under that number.
-`python d3t.py` prints the shapes of a forward.
+"(ours 4)" marks a line where the paper is silent, "(departure 1)" one where it says otherwise: the
+README has the reason under that number. `python d3t.py` prints the shapes of a forward.
 """
 
 import argparse
@@ -37,27 +36,29 @@ import torch.nn.functional as F
 
 
 # ---- Backbone: R(2+1)D-18 without temporal strides and layer4 (Sec. 3.1, [45]; ours 1) ----
-def conv2plus1d(inputs, middle, outputs, stride=1, k=3):
-    """A 3 x k x k convolution, factored into space and time, and its norm; `stride` is spatial."""
+def conv2plus1d(inputs, middle, outputs, stride=1, k=3, reach=1):
+    """A 3 x k x k convolution, factored, and its norm; `stride` in space, `reach` in frames."""
     edge = k // 2
+    # The 2 has no effect where there is one tap, but keeps a CPU on its fast kernel.
+    dilation = (reach, 1, 1 if torch.cuda.is_available() else 2)
     factored = nn.Sequential(
         nn.Conv3d(inputs, middle, (1, k, k), (1, stride, stride), (0, edge, edge), bias=False),
         nn.BatchNorm3d(middle),
         nn.ReLU(inplace=True),
-        nn.Conv3d(middle, outputs, (3, 1, 1), padding=(1, 0, 0), bias=False),
+        nn.Conv3d(middle, outputs, (3, 1, 1), 1, (reach, 0, 0), dilation, bias=False),
     )
     return nn.Sequential(factored, nn.BatchNorm3d(outputs))
 
 
 class ResidualBlock(nn.Module):
-    """Two factored convolutions and a shortcut, named as in torchvision's `BasicBlock`."""
+    """Two factored convolutions and a shortcut: torchvision's `BasicBlock`."""
 
-    def __init__(self, inputs, outputs, stride):
+    def __init__(self, inputs, outputs, stride=1, reach=(1, 1)):
         super().__init__()
         # With this width, conv1 has as many weights as a 3 x 3 x 3 convolution.
         middle = inputs * outputs * 27 // (inputs * 9 + outputs * 3)
-        self.conv1 = conv2plus1d(inputs, middle, outputs, stride)
-        self.conv2 = conv2plus1d(outputs, middle, outputs)
+        self.conv1 = conv2plus1d(inputs, middle, outputs, stride, reach=reach[0])
+        self.conv2 = conv2plus1d(outputs, middle, outputs, reach=reach[1])
         self.downsample = nn.Identity()
         if stride != 1 or inputs != outputs:
             shortcut = nn.Conv3d(inputs, outputs, 1, (1, stride, stride), bias=False)
@@ -70,20 +71,22 @@ class ResidualBlock(nn.Module):
 
 
 class Trunk(nn.Module):
-    """Video (B, 3, T, H, W) -> F_a (B, C, T, H/2, W/2), F_b (B, 4C, T, H/8, W/8).
+    """Video (B, 3, T, H, W) -> F_a (B, C, T, H/2, W/2), F_b (B, 4C, T, H/8, W/8), rounded up.
 
-    Sizes that are not a multiple of 8 round up. At C = 64 the parameters have the names and shapes
-    of torchvision's `r2plus1d_18` (stem, layer1..3), so its weights load.
+    At C = 64 its parameters are those of torchvision's `r2plus1d_18` (stem, layer1..3). For its
+    weights, `dilated` trades that network's temporal strides for dilations.
     """
 
-    def __init__(self, C=64):
+    def __init__(self, C=64, dilated=False):
         super().__init__()
         middle = max(1, 45 * C // 64)  # 45 at C = 64, as in torchvision
         factored, norm = conv2plus1d(3, middle, C, stride=2, k=7)
         self.stem = nn.Sequential(*factored, norm, nn.ReLU(inplace=True))
-        self.layer1 = nn.Sequential(ResidualBlock(C, C, 1), ResidualBlock(C, C, 1))
-        self.layer2 = nn.Sequential(ResidualBlock(C, 2 * C, 2), ResidualBlock(2 * C, 2 * C, 1))
-        self.layer3 = nn.Sequential(ResidualBlock(2 * C, 4 * C, 2), ResidualBlock(4 * C, 4 * C, 1))
+        D, E = 2 * C, 4 * C
+        a, b = (2, 4) if dilated else (1, 1)
+        self.layer1 = nn.Sequential(ResidualBlock(C, C), ResidualBlock(C, C))
+        self.layer2 = nn.Sequential(ResidualBlock(C, D, 2, (1, a)), ResidualBlock(D, D, 1, (a, a)))
+        self.layer3 = nn.Sequential(ResidualBlock(D, E, 2, (a, b)), ResidualBlock(E, E, 1, (b, b)))
 
     def forward(self, video):
         F_a = self.layer1(self.stem(video))  # (B, C, T, H/2, W/2)
@@ -173,8 +176,8 @@ def sample_tokens(Z, points):
     """Z (B, T, h, w, D), trilinear at points (B, ..., 3), in tokens (t, h, w) -> (B, ..., D)."""
     T, h, w = Z.shape[1:4]
     t, y, x = points.unbind(-1)
-    # With align_corners=False, -1 and 1 are the outer edges of the first and last cell. "border"
-    # keeps a point that rounding moved past an edge from mixing in zeros.
+    # With align_corners=False, -1 and 1 are the outer edges of the first and last cell.
+    # "border" keeps a point that rounding moved past an edge from mixing in zeros.
     at = torch.stack([(2 * x + 1) / w - 1, (2 * y + 1) / h - 1, (2 * t + 1) / T - 1], dim=-1)
     at = at.flatten(1, -2)[:, None, None]  # (B, 1, 1, n, 3), n points
     volume = Z.to(points.dtype).permute(0, 4, 1, 2, 3)  # (B, D, T, h, w)
@@ -312,6 +315,7 @@ class Settings:
     height: int = setting(224, "H, pixels")
     width: int = setting(224, "W, pixels")
     channels: int = setting(64, "C, channels of the trunk; D = 4C")
+    dilated: bool = setting(False, "trunk for weights of r2plus1d_18")
     blocks: int = setting(4, "L, transformer blocks")
     heads: int = setting(4, "attention heads")
     kernel: int = setting(7, "k of the 3D token search, tokens")
@@ -351,8 +355,7 @@ class Block(nn.Module):
     def forward(self, Z, P, M_rgb, M_cls, M_pose):
         Z, M_rgb, cls_3d = self.deformable(Z, M_rgb, M_cls)  # Fig. 2b, Eq. (3) to (7)
         P, cls_joint, M_pose = self.joint(P, cls_3d, M_pose)  # Fig. 4a
-        # "M'_CLS memorized from the 3D deformable attention and M'_CLS calculated from the joint
-        # stride attention are projected together into a new single M_CLS"
+        # Both M'_CLS "are projected together into a new single M_CLS".
         M_cls = self.fuse(torch.cat([cls_3d, cls_joint], dim=-1))
         tokens = [Z, P, M_rgb, M_cls, M_pose]
         sizes = [each.shape[2] for each in tokens]  # h*w, R, 1, 1, 1
@@ -376,14 +379,14 @@ class D3T(nn.Module):
         s = self.settings = settings
         T, h, w = s.grid
         D = 4 * s.channels
-        self.trunk = Trunk(s.channels)
+        self.trunk = Trunk(s.channels, s.dilated)
         self.position_t = nn.Parameter(torch.zeros(T, 1, D))
         self.position_s = nn.Parameter(torch.zeros(1, h * w, D))
         # Eq. (6) has no norm before the attention. These two give the tokens one scale (ours 15).
         self.norm_rgb = nn.LayerNorm(D)
         self.norm_pose = nn.LayerNorm(D)
-        # Without bias an absent joint is exactly zero. With a small one, the norm would divide by
-        # almost zero, and these tokens would get a very large gradient.
+        # Without bias an absent joint is exactly zero. With a small one the norm would divide by
+        # almost zero, which makes a very large gradient.
         self.embed_pose = nn.Linear(s.channels, D, bias=False)
         self.modal = nn.Parameter(torch.zeros(T, 3, D))  # M_RGB, M_CLS, M_pose of each frame
         self.blocks = nn.ModuleList(Block(s, i == s.blocks - 1) for i in range(s.blocks))
@@ -397,7 +400,7 @@ class D3T(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Conv3d):  # as in R(2+1)D
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-            if isinstance(module, nn.Linear):  # ViT's normal(0.02) learns far slower at C = 16
+            if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
             if getattr(module, "bias", None) is not None:
                 nn.init.zeros_(module.bias)
@@ -414,14 +417,14 @@ class D3T(nn.Module):
                 nn.init.trunc_normal_(parameter, std=0.02)  # as in ViT [18]
 
     def rgb_tokens(self, F_b):
-        """RGB modality (Sec. 3.1): F_b "is fused with the position embedding", here the sum of a
-        table over time and one over space (ours 14)."""
+        """RGB modality: F_b "is fused with the position embedding", the sum of a table over time
+        and one over space (ours 14)."""
         Z = F_b.permute(0, 2, 3, 4, 1).flatten(2, 3)  # (B, T, h*w, D)
         return self.norm_rgb(Z + self.position_t + self.position_s)
 
     def pose_tokens(self, F_a, joints, visible):
-        """Pose modality (Sec. 3.1). A token holds what lies at a joint, not where the joint is:
-        the paper embeds no position in P (ours 16)."""
+        """Pose modality. A token holds what lies at a joint, not where: the paper embeds no
+        position in P (ours 16)."""
         P = joint_tokens(F_a, joints, visible, self.settings.sigma)  # (B, T, R, C)
         return self.norm_pose(self.embed_pose(P))  # (B, T, R, D)
 
@@ -448,7 +451,7 @@ class D3T(nn.Module):
         return self.classify(Z, P, *M)
 
     def check(self, video, joints, visible):
-        """AssertionError for shapes that slices and broadcasting would let pass."""
+        """Assert the shapes, as slices and broadcasting would let others pass."""
         s, B = self.settings, video.shape[0]
         T, R = s.frames, s.joints
         expected = [(B, 3, T, s.height, s.width), (B, T, R, 2), (B, T, R)]
@@ -487,7 +490,7 @@ class Stub(nn.Module):
 
 
 class AblatedD3T(D3T):
-    """A row of Table 4 or 5, without weights that nothing uses."""
+    """Without weights that nothing uses."""
 
     def __init__(self, s: Ablation):
         super().__init__(s)
@@ -527,7 +530,7 @@ class AblatedD3T(D3T):
 
 
 def trace(s: Settings):
-    """Shapes into and out of the stages of a forward, without memory or arithmetic."""
+    """Shapes into and out of each stage, without memory or arithmetic."""
     shapes = {}
 
     def record(name, _, inputs, out):
@@ -551,6 +554,6 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=trace.__doc__)
     for f in fields(Settings):
         flag = "--" + f.name.replace("_", "-")
-        parser.add_argument(flag, type=f.type, default=f.default, help=f.metadata["help"])
+        parser.add_argument(flag, type=f.type, default=f.default)
     for stage, shapes in trace(Settings(**vars(parser.parse_args()))).items():
         print(f"| `{stage}` | `{shapes}` |")

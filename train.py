@@ -47,7 +47,7 @@ BAR = {"leave": False, "disable": True if RANK else None}  # None: only in a ter
 # ---- What a run is ----
 @dataclass(frozen=True)
 class Recipe:
-    """How a model is trained; the defaults are the paper's (Sec. 4), or ours (ours 22)."""
+    """The defaults are the paper's (Sec. 4), or ours (ours 22)."""
 
     epochs: int = setting(90, "passes over the clips")
     warmup: float = setting(5.0, "epochs of linear warm-up before the cosine")
@@ -141,7 +141,8 @@ def training_batches(count, recipe, parts, progress):
     for start in range(progress.seen, count - recipe.batch + 1, recipe.batch):
         mine = order[start : start + recipe.batch][RANK::RANKS]
         step = [(progress.epoch, clip) for clip in mine]
-        batches += [step[i : i + size] for i in range(0, len(step), size)]
+        for i in range(0, len(step), size):
+            batches.append(step[i : i + size])
     return batches
 
 
@@ -151,7 +152,8 @@ def training_steps(run, clips):
     batches = training_batches(len(clips), run.recipe, parts, run.progress)
     loader = iter(load_batches(clips, batches, run.options))
     steps = zip(*[loader] * parts)  # takes the parts of a step from the same iterator
-    return tqdm(steps, f"epoch {run.progress.epoch + 1}", len(batches) // parts, **BAR)
+    total = len(batches) // parts
+    return tqdm(steps, f"epoch {run.progress.epoch + 1}", total, **BAR)
 
 
 def learning_rate(recipe, epochs):
@@ -164,8 +166,8 @@ def learning_rate(recipe, epochs):
 
 def forward(net, batch, options):
     """Logits in float32 and labels, on the device."""
-    names = ("video", "joints", "visible", "label")
-    *clip, label = (batch[name].to(options.device, non_blocking=True) for name in names)
+    tensors = (batch[name] for name in ("video", "joints", "visible", "label"))
+    *clip, label = (each.to(options.device, non_blocking=True) for each in tensors)
     dtype = AMP[options.amp]
     with torch.autocast(options.device, dtype=dtype, enabled=dtype is not None):
         return net(*clip).float(), label
@@ -267,12 +269,12 @@ def load_file(path):
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, ValueError, KeyError) as error:
-        what = str(error).split(". ")[0]  # then torch advises to trust it
+        what = str(error).split(". ")[0]  # then comes bad advice
         raise UsageError(f"{path} cannot be loaded: {what}") from None
 
 
 def load_checkpoint(path):
-    """A checkpoint, with objects in place of dicts."""
+    """A checkpoint, with objects for dicts."""
     saved = load_file(path)
     try:
         for part, kind in (("recipe", Recipe), ("settings", Ablation), ("progress", Progress)):
@@ -285,7 +287,10 @@ def load_checkpoint(path):
 def load_weights(model, path):
     """Start from a checkpoint, or the trunk from r2plus1d_18; names what is left out."""
     saved, own = load_file(path), model.state_dict()
-    weights = saved.get("model") or {f"trunk.{name}": value for name, value in saved.items()}
+    weights = saved.get("model")
+    if weights is None:  # of torchvision
+        assert model.settings.dilated, f"--weights {path} needs --dilated"
+        weights = {f"trunk.{name}": value for name, value in saved.items()}
     fitting = {}
     for name in weights.keys() & own.keys():
         if weights[name].shape == own[name].shape:
@@ -368,22 +373,22 @@ def number(kind, zero=False):
 
 
 def parse_args(words):
-    """The flags, and what they and --preset give of recipe and settings."""
-    about = "Train D3T. In brackets: the default; those of presets that differ."
+    """The flags, and what they give of recipe and settings."""
+    about = "Train D3T. In brackets: the defaults."
     parser = argparse.ArgumentParser(description=about, usage=argparse.SUPPRESS)
     data.add_flags(parser.add_argument_group("data"))
     add = parser.add_argument_group("run").add_argument
     add("--preset", choices=PRESETS, help="[paper; synthetic tiny]")
     add("--out", type=Path, help="[runs/DATA]")
     add("--resume", action="store_true", help="go on in --out, or start there")
-    add("--overwrite", action="store_true", help="start anew in --out")
+    add("--overwrite", action="store_true", help="start anew")
     add("--eval", type=Path, help="test this checkpoint")
-    add("--scores", type=Path, help="of a test, as .npz")
-    add("--weights", type=Path, help="of a checkpoint, or of r2plus1d_18")
-    add("--accumulate", type=number(int), default=1, help="parts of a step, to save memory [1]")
-    add("--checkpointing", action="store_true", help="blocks twice, to save memory")
+    add("--scores", type=Path, help="as .npz")
+    add("--weights", type=Path, help="a checkpoint, or r2plus1d_18")
+    add("--accumulate", type=number(int), default=1, help="parts of a step, saves memory [1]")
+    add("--checkpointing", action="store_true", help="saves memory")
     add("--compile", action="store_true", help="by torch.compile")
-    add("--device", choices=("cpu", "cuda"), help="[cuda if any]")
+    add("--device", choices=("cpu", "cuda"), help="[cuda]")
     add("--amp", choices=AMP, help="[CUDA bf16, or fp16 before Ampere; CPU off]")
     add("--workers", type=number(int, zero=True), help="of a rank [2; synthetic 1]")
     add("--save-every", type=number(int), default=500, help="steps between last.pt [500]")
@@ -438,7 +443,6 @@ def configure(options, given, source, saved):
 
 
 def prepare(options, given):
-    """The run as it starts or goes on."""
     saved, path = None, options.eval or options.out / "last.pt"
     if options.eval or (options.resume and path.exists()):
         saved = load_checkpoint(path)

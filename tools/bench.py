@@ -5,11 +5,9 @@
     python -m tools.bench scaling   # time of each part against frames, pixels and joints
     python -m tools.bench loader    # loading clips from JPEG
 
-The default is the paper's size, with 13 joints (Penn Action) and with 50 (NTU). The model's flags
-are those of train.py, as is --checkpointing.
+The default is the paper's size, with 13 and 50 joints. The model's flags are those of train.py.
 
-Versions run in turns in one process. A time is the median of the rounds after a warm-up
-round. Memory is the largest sum of live tensors.
+Versions run in turns. A time is the median of the rounds after a warm-up round.
 """
 
 import argparse
