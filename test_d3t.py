@@ -33,7 +33,7 @@ import data
 import train
 from d3t import D3T, Ablation, Settings, Trunk, build
 
-torch.set_num_threads(1)  # then sums are the same in all processes
+torch.set_num_threads(1)  # the same sums in all processes
 HERE = Path(train.__file__).parent
 README = (HERE / "README.md").read_text()
 
