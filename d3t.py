@@ -82,11 +82,11 @@ class Trunk(nn.Module):
         middle = max(1, 45 * C // 64)  # 45 at C = 64, as in torchvision
         factored, norm = conv2plus1d(3, middle, C, stride=2, k=7)
         self.stem = nn.Sequential(*factored, norm, nn.ReLU(inplace=True))
-        D, E = 2 * C, 4 * C
+        c, d = 2 * C, 4 * C
         a, b = (2, 4) if dilated else (1, 1)
         self.layer1 = nn.Sequential(ResidualBlock(C, C), ResidualBlock(C, C))
-        self.layer2 = nn.Sequential(ResidualBlock(C, D, 2, (1, a)), ResidualBlock(D, D, 1, (a, a)))
-        self.layer3 = nn.Sequential(ResidualBlock(D, E, 2, (a, b)), ResidualBlock(E, E, 1, (b, b)))
+        self.layer2 = nn.Sequential(ResidualBlock(C, c, 2, (1, a)), ResidualBlock(c, c, 1, (a, a)))
+        self.layer3 = nn.Sequential(ResidualBlock(c, d, 2, (a, b)), ResidualBlock(d, d, 1, (b, b)))
 
     def forward(self, video):
         F_a = self.layer1(self.stem(video))  # (B, C, T, H/2, W/2)
@@ -118,7 +118,7 @@ def joint_heatmaps(joints, visible, size, sigma):
     height, width = size
     i = torch.arange(width, device=joints.device)
     j = torch.arange(height, device=joints.device)[:, None]
-    H = torch.exp(-((i - x) ** 2 + (j - y) ** 2) / (2 * sigma**2))  # Eq. (2)
+    H = torch.exp(-((i - x) ** 2 + (j - y) ** 2) / (2 * sigma**2))  # Eq. (2) (ours 3)
     return H * present[..., None, None]
 
 

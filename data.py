@@ -25,6 +25,7 @@ ROOT/CLASS/NAME.mp4 with joints (frames, 2, 2) in NAME.npy,
                 split = "test" if path.stem.endswith("0") else "train"
                 self.clips[split].append(Clip(path.stem, label, joints, True, (360, 640), path))
 
+    # and in `SOURCES`, at the end of this file:
     SOURCES["two_hands"] = ("sources.two_hands:TwoHands", ["datasets/two_hands"])
 """
 
@@ -217,7 +218,7 @@ class Dataset(torch.utils.data.Dataset):
         """The item of one clip, without `bad`; random if there is an `rng`."""
         T = self.frames
         clip = self.source.find_joints(clip)
-        # A frame of each of T equal segments, random or in the middle; twice the same if n < T.
+        # A frame of each of T equal segments, random or in the middle (ours 20).
         place = np.arange(T) + (rng.random(T) if rng else 0.5)
         size, crop = place_crop(clip.size, self.crop, rng)
         video, joints, visible = read_clip(
@@ -294,7 +295,7 @@ class PennAction(Source):
 def penn_clip(path, label):
     """The split and the clip of a label file.
 
-    An occluded joint with a position counts as visible. One without annotation is invisible and
+    An occluded joint with a position counts as visible (ours 4); one without is invisible and
     lies at (1, 1) of a picture that was then resized by up to 1.52.
     """
     joints = np.stack([label["x"], label["y"]], -1).astype(np.float32)

@@ -691,7 +691,6 @@ def test_the_example_of_a_source(tmp_path, monkeypatch):
     [
         ("--data pennaction --root nowhere", "--root: there is no folder nowhere"),
         ("--data pennaction --split-val x", "--split-val is not for --data pennaction"),
-        ("--root .", "--root: the synthetic clips are drawn"),
     ],
 )
 def test_flags_that_cannot_be_used(words, said):
@@ -843,7 +842,7 @@ def few_clips():
 
 @pytest.fixture
 def fit(tmp_path, monkeypatch, capsys):
-    """`fit(flags)` trains on `fit.source`, on the CPU: exit status and what was printed."""
+    """`fit(flags)` trains on `fit.source`: exit status and what was printed."""
 
     def run(flags=""):
         capsys.readouterr()
@@ -865,9 +864,9 @@ def fit(tmp_path, monkeypatch, capsys):
 
 @pytest.fixture
 def whole(fit, tmp_path_factory):
-    """The folder of a run that was never stopped, one for all tests."""
+    """The folder of a run that was never stopped."""
     folder = tmp_path_factory.getbasetemp() / "whole"
-    assert folder.exists() or fit(f"--amp fp16 --out {folder}")[0] == 0
+    assert folder.exists() or fit(f"--out {folder}")[0] == 0
     return folder
 
 
@@ -881,10 +880,11 @@ def log_of(folder="run"):
 
 
 def same_run(whole):
-    """The run has the weights, state of AdamW, best epoch and log of `whole`."""
-    for name, part in itertools.product(("last.pt", "best.pt"), ("model", "optimizer")):
-        a, b = checkpoint(name=name)[part], checkpoint(whole, name)[part]
-        torch.testing.assert_close(a, b, rtol=0, atol=0)
+    """The run has the weights, averages and log of `whole`."""
+    for name in ("last.pt", "best.pt"):
+        a, b = checkpoint(name=name), checkpoint(whole, name)
+        for part in ("model", "optimizer"):
+            torch.testing.assert_close(a[part], b[part], rtol=0, atol=0)
     assert log_of() == log_of(whole)
 
 
@@ -926,7 +926,9 @@ def test_flags_reach_the_model(flags, fit, monkeypatch):
 @pytest.mark.parametrize("amp", ["off", "fp16"])
 def test_schedule_and_clip(amp, fit):
     """Catches: another schedule; gradients clipped before they are unscaled, or never."""
-    fit(f"--epochs 4 --warmup 1.5 --batch 16 --clip 0.01 --amp {amp}")
+    flags = f"--epochs 4 --warmup 1.5 --batch 16 --clip 0.01 --amp {amp}"
+    fit(flags)
+    assert prepared(f"{flags} --out run --resume").scaler.state_dict() == checkpoint()["scaler"]
     ends = np.arange(4) + 32 / 43  # of the last step of each epoch
     shares = np.minimum(ends / 1.5, 0.5 + 0.5 * np.cos(np.pi * (ends - 1.5) / 2.5))
     assert [line["lr"] for line in log_of()] == pytest.approx(1e-3 * shares)
@@ -1003,12 +1005,12 @@ def test_best(tops, best, fit, monkeypatch):
 @pytest.mark.parametrize("stop, workers", [(3, 2), (5, 0), (8, 1)])
 def test_resume(stop, workers, fit, whole):
     """Catches: what a checkpoint forgets; an epoch that stands twice in the log."""
-    fit(f"--amp fp16 --stop-after {stop}")
+    fit(f"--stop-after {stop}")
     state = checkpoint()
     state["progress"]["seconds"] += 1000
     torch.save(state, "run/last.pt")
     shutil.copy(whole / "log.jsonl", "run")  # as if killed after it was written
-    assert fit(f"--amp fp16 --resume --weights gone --workers {workers}")[0] == 0
+    assert fit(f"--resume --weights gone --workers {workers}")[0] == 0
     same_run(whole)
     assert sum(line["seconds"] for line in checkpoint()["progress"]["log"]) > 1000
 
@@ -1074,10 +1076,10 @@ def test_scores(fit, whole):
 USAGE = {
     "": "run holds a run: use --resume",
     "--resume --channels 8": "channels is 4 in the checkpoint, not 8",
-    "--resume --preset small": "lr is 0.001 in the checkpoint, not 0.0015",
+    "--resume --preset small": "lr is 0.001 in the checkpoint",
     "--resume --data pennaction": r"\('synthetic', .*, not \('pennaction', ",
     "--resume --accumulate 3": "batch = 8: at most 43 .*, by 3 ",
-    "--eval other.pt": "other.pt is no checkpoint of this train.py: .*more",
+    "--eval other.pt": "other.pt is no checkpoint .*more",
     "--eval evil.pt": "evil.pt cannot be loaded: Weights only load failed$",
     "--eval torn.pt": "torn.pt cannot be loaded",
     "--out new --weights w.pt": "w.pt needs --dilated",
@@ -1101,7 +1103,7 @@ def test_usage_errors(flags, fit, whole, monkeypatch):
     Path("torn.pt").write_bytes(Path("run/last.pt").read_bytes()[:9999])
     status, printed = fit(flags)
     assert status == 2 and re.search(USAGE[flags], printed) and printed.count("\n") == 1, printed
-    same_run(whole)
+    assert all(path.read_bytes() == Path("run", path.name).read_bytes() for path in whole.iterdir())
     assert not Path("new").exists()
 
 
@@ -1174,7 +1176,7 @@ def test_one_two_and_four_ranks_take_the_same_step(fit, whole, monkeypatch):
         gradients = [each["exp_avg"] for each in state["optimizer"]["state"].values()]
         progress = state["progress"]
         steps.append([progress["loss"], len(progress["bad_clips"]), *gradients])
-        torch.testing.assert_close(steps[-1], steps[0], rtol=1e-4, atol=1e-8)
+        torch.testing.assert_close(steps[-1], steps[0], rtol=1e-4, atol=1e-7)
     assert steps[0][1] == 1
 
 
@@ -1215,10 +1217,10 @@ def test_a_stopped_run_goes_on(names, status, step, ranks, workers, fit, whole):
         return logits
 
     in_forward(4, interrupt)
-    *others, last = statuses(f"--amp fp16 --save-every 2 --workers {workers}", ranks)
+    *others, last = statuses(f"--save-every 2 --workers {workers}", ranks)
     assert last == status and -signal.SIGALRM not in others
     assert checkpoint()["progress"]["step"] == step
-    assert fit("--amp fp16 --resume")[0] == 0
+    assert fit("--resume")[0] == 0
     if ranks == 1:  # otherwise each rank had its own batch statistics
         same_run(whole)
 

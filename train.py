@@ -432,7 +432,7 @@ def configure(options, given, source, saved):
     values = PRESETS[options.preset] | known | given
     if saved:
         values = asdict(saved["recipe"]) | asdict(saved["settings"])
-        values["batch"] = given.get("batch", values["batch"])  # may change
+        values["batch"] = vars(options).get("batch", values["batch"])  # may change
     for name, value in given.items():
         assert values[name] == value, f"{name} is {values[name]} in the checkpoint, not {value}"
     recipe, settings = make(Recipe, values), make(Ablation, values)
