@@ -51,7 +51,7 @@ def conv2plus1d(inputs, middle, outputs, stride=1, k=3, reach=1):
 
 
 class ResidualBlock(nn.Module):
-    """Two factored convolutions and a shortcut: torchvision's `BasicBlock`."""
+    """Two factored convolutions and a shortcut, torchvision's `BasicBlock`."""
 
     def __init__(self, inputs, outputs, stride=1, reach=(1, 1)):
         super().__init__()
@@ -96,7 +96,7 @@ class Trunk(nn.Module):
 
 # ---- Pose modality: the Gaussian joint tokenizer (Sec. 3.1) ----
 def full_precision(x):
-    """Context in which nothing is cast to 16 bits (ours 18)."""
+    """Nothing in it is cast to 16 bits (ours 18)."""
     return torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False)
 
 
@@ -258,7 +258,7 @@ class StrideAttention(nn.Module):
 
 
 class JointStrideAttention(StrideAttention):
-    """Local joint stride attention (Fig. 4a): P (B, T, R, D), M'_CLS and M_pose -> updated.
+    """Local joint stride attention (Fig. 4a): P (B, T, R, D), M'_CLS, M_pose -> updated.
 
     "All tokens in each sliding window are flattened and then concatenated with M_pose and M'_CLS":
     a window holds some joints in all frames, and a copy of all modal tokens.
@@ -336,12 +336,12 @@ class Settings:
 
     @property
     def grid(self):
-        """T, h, w: how many tokens Z has along each axis."""
+        """T, h, w: the tokens of Z along each axis."""
         return self.frames, -(-self.height // 8), -(-self.width // 8)
 
 
 class Block(nn.Module):
-    """One of the L transformer blocks, Fig. 2a: the five kinds of tokens -> the same, updated."""
+    """One of the L blocks of Fig. 2a: the five kinds of tokens -> the same."""
 
     def __init__(self, s: Settings, last):
         super().__init__()
@@ -553,7 +553,8 @@ def trace(s: Settings):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=trace.__doc__)
     for f in fields(Settings):
-        flag = "--" + f.name.replace("_", "-")
-        parser.add_argument(flag, type=f.type, default=f.default)
+        if f.type is not bool:
+            flag = "--" + f.name.replace("_", "-")
+            parser.add_argument(flag, type=f.type, default=f.default)
     for stage, shapes in trace(Settings(**vars(parser.parse_args()))).items():
         print(f"| `{stage}` | `{shapes}` |")

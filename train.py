@@ -2,7 +2,6 @@
 
     python train.py  # synthetic clips, on a laptop in two minutes
     torchrun --nproc_per_node=4 train.py --data pennaction  # the paper's training
-    python train.py --data pennaction --eval runs/pennaction/best.pt
 
 A run writes `last.pt`, `best.pt` and `log.jsonl` to its folder. After Ctrl-C,
 SIGTERM or a crash the same command with `--resume` goes on, also in the middle of an epoch. What is
@@ -39,6 +38,7 @@ from data import DataError, UsageError
 
 RANK = int(os.environ.get("RANK", 0))  # of this process, from torchrun
 RANKS = int(os.environ.get("WORLD_SIZE", 1))
+DAMAGE = (OSError, RuntimeError, EOFError, ValueError, LookupError, TypeError, pickle.PickleError)
 AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 ASKED = []  # signals that ask to stop: the step ends and is saved
 BAR = {"leave": False, "disable": True if RANK else None}  # None: only in a terminal
@@ -50,9 +50,9 @@ class Recipe:
     """The defaults are the paper's (Sec. 4), or ours (ours 22)."""
 
     epochs: int = setting(90, "passes over the clips")
-    warmup: float = setting(5.0, "epochs of linear warm-up before the cosine")
+    warmup: float = setting(5.0, "epochs of linear warm-up")
     batch: int = setting(32, "clips of a step, over all ranks")
-    lr: float = setting(5e-4, "peak learning rate of AdamW")
+    lr: float = setting(5e-4, "peak learning rate")
     weight_decay: float = setting(0.05, "of matrices, but for embeddings")
     clip: float = setting(1.0, "largest norm of the gradient")
     seed: int = setting(0, "of weights, order and augmentation")
@@ -246,7 +246,7 @@ def log_epoch(run, result):
 
 
 def save_checkpoint(run, name):
-    """Write another file and rename it, so that a checkpoint is always whole."""
+    """Write and rename a file: a checkpoint is always whole."""
     if RANK > 0:
         return
     source, state = run.source, {"data": run.options.data}
@@ -265,16 +265,15 @@ def save_checkpoint(run, name):
 
 
 def load_file(path):
-    """What torch.save wrote, without code; UsageError for another file."""
+    """What torch.save wrote, without code; or UsageError."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, ValueError, KeyError) as error:
+        return dict(torch.load(path, map_location="cpu", weights_only=True))
+    except DAMAGE as error:
         what = str(error).split(". ")[0]  # then comes bad advice
         raise UsageError(f"{path} cannot be loaded: {what}") from None
 
 
 def load_checkpoint(path):
-    """A checkpoint, with objects for dicts."""
     saved = load_file(path)
     try:
         for part, kind in (("recipe", Recipe), ("settings", Ablation), ("progress", Progress)):
@@ -288,9 +287,10 @@ def load_weights(model, path):
     """Start from a checkpoint, or the trunk from r2plus1d_18; names what is left out."""
     saved, own = load_file(path), model.state_dict()
     weights = saved.get("model")
+    dilated = saved.get("settings", {"dilated": True})["dilated"]
     if weights is None:  # of torchvision
-        assert model.settings.dilated, f"--weights {path} needs --dilated"
         weights = {f"trunk.{name}": value for name, value in saved.items()}
+    assert model.settings.dilated == dilated, f"--weights {path} takes dilated = {dilated}"
     fitting = {}
     for name in weights.keys() & own.keys():
         if weights[name].shape == own[name].shape:
@@ -374,8 +374,7 @@ def number(kind, zero=False):
 
 def parse_args(words):
     """The flags, and what they give of recipe and settings."""
-    about = "Train D3T. In brackets: the defaults."
-    parser = argparse.ArgumentParser(description=about, usage=argparse.SUPPRESS)
+    parser = argparse.ArgumentParser(description="[defaults]", usage=argparse.SUPPRESS)
     data.add_flags(parser.add_argument_group("data"))
     add = parser.add_argument_group("run").add_argument
     add("--preset", choices=PRESETS, help="[paper; synthetic tiny]")
@@ -389,7 +388,7 @@ def parse_args(words):
     add("--checkpointing", action="store_true", help="saves memory")
     add("--compile", action="store_true", help="by torch.compile")
     add("--device", choices=("cpu", "cuda"), help="[cuda]")
-    add("--amp", choices=AMP, help="[CUDA bf16, or fp16 before Ampere; CPU off]")
+    add("--amp", choices=AMP, help="[CUDA bf16, fp16 before Ampere; CPU off]")
     add("--workers", type=number(int, zero=True), help="of a rank [2; synthetic 1]")
     add("--save-every", type=number(int), default=500, help="steps between last.pt [500]")
     add("--stop-after", type=number(int), default=math.inf, help="step, as by Ctrl-C [never]")
@@ -406,6 +405,8 @@ def parse_args(words):
             how["type"] = number(f.type, f.name in MAY_BE_ZERO)
         add("--" + f.name.replace("_", "-"), **how)
     options = parser.parse_args(words)
+    if options.scores and not options.eval:
+        parser.error("--scores goes with --eval")
     given = {f.name: getattr(options, f.name) for f in FIELDS if f.name in options}
     given = PRESETS.get(options.preset, {}) | given
     synthetic = options.data == "synthetic"
@@ -436,7 +437,8 @@ def configure(options, given, source, saved):
     for name, value in given.items():
         assert values[name] == value, f"{name} is {values[name]} in the checkpoint, not {value}"
     recipe, settings = make(Recipe, values), make(Ablation, values)
-    unit, most = RANKS * options.accumulate, len(source.clips["train"])
+    unit = RANKS * options.accumulate
+    most = len(source.clips["train"])
     fits = options.eval or recipe.batch in range(0, most + 1, unit)
     assert fits, f"batch = {recipe.batch}: at most {most} (clips), by {unit} (ranks x accumulate)"
     return recipe, settings
